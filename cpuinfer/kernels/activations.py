@@ -1,0 +1,101 @@
+"""Rows of activations as 8-bit integers, laid out for the tiles of `integer.py`.
+
+A block is 32 values: scale d = largest magnitude / 127, q = value / d rounded half to even.  NaN
+and infinity make d not finite, so they are not lost.  Tokens are put into tiles as `integer.py`
+takes them, and a tile holds [block][token][32], so that what a kernel reads lies together.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import prange
+
+from cpuinfer.kernels.integer import Correction
+from cpuinfer.kernels.jit import instance, kernel
+from cpuinfer.kernels.matmul import MOST
+from cpuinfer.kernels.simd import F32, I8, I32, Emitter, Value, emitted
+
+
+def _write_block(kind: Correction) -> Any:
+    def block(
+        e: Emitter, x: Value, q: Value, d: Value, correction: Value, offset: Value
+    ) -> None:
+        """Quantize 32 floats at `x`: bytes to `q`, their scale to `d`, and the correction."""
+        b = e.b
+        vectors = [e.load_floats(e.at(x, i * e.width, 4)) for i in range(32 // e.width)]
+        # As integers, magnitudes keep their order and NaN is the largest of all.
+        largest = e.ints(0)
+        for v in vectors:
+            magnitude = b.bitcast(e.magnitude(v), e.i32v)
+            largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
+        reduce = f"llvm.vector.reduce.smax.v{e.width}i32"
+        largest = b.bitcast(e.call(reduce, I32, largest), F32)
+        scale = b.fdiv(largest, ir.Constant(F32, 127.0))
+        zero = ir.Constant(F32, 0.0)
+        inverse = b.fdiv(ir.Constant(F32, 127.0), largest)
+        inverse = b.select(b.fcmp_ordered("==", largest, zero), zero, inverse)
+        e.store(scale, d)
+        halves = [ir.Constant(I32, 0), ir.Constant(I32, 0)]
+        for i, v in enumerate(vectors):
+            integers = b.fptosi(e.round(b.fmul(v, e.splat(inverse))), e.i32v)
+            e.store(b.trunc(integers, ir.VectorType(I8, e.width)), e.at(q, i * e.width), 1)
+            total = e.call(f"llvm.vector.reduce.add.v{e.width}i32", I32, integers)
+            half = i * e.width // 16
+            halves[half] = b.add(halves[half], total)
+        _store_correction(e, kind, halves, scale, offset, correction)
+
+    return block
+
+
+def _store_correction(
+    e: Emitter, kind: Correction, halves: list[Value], scale: Value, offset: Value, address: Value
+) -> None:
+    """What the format adds for 32 activations: see `integer.py`."""
+    b = e.b
+    if kind is Correction.HALF_OFFSETS:
+        for i, half in enumerate(halves):
+            e.store(b.mul(half, b.trunc(offset, I32)), e.at(address, 4 * i))
+        return
+    total = b.add(*halves)
+    if kind is Correction.OFFSET:
+        e.store(b.mul(total, b.trunc(offset, I32)), address)
+    else:
+        e.store(b.fmul(b.sitofp(total, F32), scale), address)
+
+
+def _quantize(x, q, d, correction, offset, threads):  # type: ignore[no-untyped-def]
+    """x (tokens, cols) float32 to q, d and correction as `integer.py` wants them.
+
+    offset is what the correction multiplies the sum of the bytes with.
+    """
+    tokens, cols = x.shape
+    blocks = cols // 32
+    each = correction.size // d.size
+    for thread in prange(threads):
+        for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
+            start, size = 0, MOST
+            while t >= start + size or start + size > tokens:
+                if start + size <= tokens:
+                    start += size
+                elif size > 4:
+                    size = 4
+                else:
+                    size //= 2
+            for block in range(blocks):
+                n = start * blocks + block * size + t - start
+                write_block(
+                    x.ctypes.data + (t * cols + block * 32) * 4,
+                    q.ctypes.data + n * 32,
+                    d.ctypes.data + n * 4,
+                    correction.ctypes.data + n * each * 4,
+                    offset,
+                )
+
+
+_SIGNATURE = "void(f4[:,::1],i1[::1],f4[::1],i4[::1],i8,i8)"
+QUANTIZE = {
+    kind: kernel(_SIGNATURE, parallel=True)(
+        instance(_quantize, f"quantize_{kind.name}", write_block=emitted(_write_block(kind)))
+    )
+    for kind in Correction
+}

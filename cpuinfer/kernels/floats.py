@@ -1,0 +1,52 @@
+"""F32, F16 and BF16 rows times float32 activations.
+
+Weights are packed (`pack.py`) as number[column][16 rows]; a vector holds one column of many rows,
+so an output is one accumulator that takes its columns in order, one fma each.
+"""
+
+from collections.abc import Callable
+
+from llvmlite import ir
+
+from cpuinfer.kernels.matmul import matmul
+from cpuinfer.kernels.simd import I16, LANES, Emitter, Value
+
+
+def _tile(size: int, load: Callable[[Emitter, Value], Value], tokens: int) -> Callable[..., None]:
+    def tile(
+        e: Emitter,
+        words: Value,
+        halves: Value,
+        cols: Value,
+        x: Value,
+        d: Value,
+        correction: Value,
+        out: Value,
+        stride: Value,
+    ) -> None:
+        """out[token, 16 rows]; x is tokens rows of `cols` floats; halves, d, correction unused."""
+        sums = [[e.variable(e.zeros()) for _ in range(e.parts)] for _ in range(tokens)]
+        rows = [e.b.add(x, e.b.mul(cols, ir.Constant(cols.type, 4 * t))) for t in range(tokens)]
+        with e.loop(cols) as column:
+            for part in range(e.parts):
+                weights = load(e, e.at(e.at(words, part * e.width, size), column, LANES * size))
+                for t in range(tokens):
+                    activation = e.repeat_float(e.at(rows[t], column, 4))
+                    total = e.fma(weights, activation, e.get(sums[t][part]))
+                    e.set(sums[t][part], total)
+        for t in range(tokens):
+            for part in range(e.parts):
+                address = e.at(e.at(out, 4 * part * e.width), stride, 4 * t)
+                e.store(e.get(sums[t][part]), address)
+
+    return tile
+
+
+def _load_bf16(e: Emitter, address: Value) -> Value:
+    bits = e.b.zext(e.load(address, ir.VectorType(I16, e.width), 2), e.i32v)
+    return e.b.bitcast(e.shift_left(bits, 16), e.f32v)
+
+
+F32_MATMUL = matmul("f32", lambda n: _tile(4, lambda e, address: e.load_floats(address), n))
+F16_MATMUL = matmul("f16", lambda n: _tile(2, lambda e, address: e.load_halves(address), n), "u2")
+BF16_MATMUL = matmul("bf16", lambda n: _tile(2, _load_bf16, n), "u2")

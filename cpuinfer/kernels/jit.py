@@ -1,0 +1,165 @@
+"""How kernels are compiled: the instruction set, the one decorator, the cache on disk.
+
+Kernels are compiled when they are first needed, for one explicit signature each, and kept in a
+private directory whose name is a hash of everything that shapes the machine code: all kernel
+sources, the versions of Numba and llvmlite, the CPU and the instruction set.  (Numba's own check
+sees only the file a function is defined in.)  A damaged cache entry is compiled again.
+"""
+
+import hashlib
+import os
+import platform
+import sys
+import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from llvmlite import binding
+from numba.core import config
+from numba.core.caching import FunctionCache
+
+from cpuinfer import machine
+
+ISA = machine.instruction_set()
+
+
+def _target(isa: str) -> tuple[str | None, str | None]:
+    """Numba's CPU name and features for an instruction set; (None, None) is this very CPU.
+
+    Code for a set below the machine's own must not use what the larger one has, or nothing would
+    be tested.
+    """
+    if isa == machine.supported_instruction_sets()[0]:
+        return None, None
+    if isa == "avxvnni":  # 256-bit VNNI, in the EVEX encoding where there is no VEX one
+        flags = binding.get_host_cpu_features()
+        return "haswell", "+avxvnni" if flags.get("avxvnni") else "+avx512vl,+avx512vnni"
+    if isa == "avx2":
+        return "haswell", ""
+    return "generic" if platform.machine() in ("aarch64", "arm64") else "x86-64", ""
+
+
+if os.environ.get("NUMBA_CPU_NAME") is None:
+    config.CPU_NAME, config.CPU_FEATURES = _target(ISA)
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    cpu = config.CPU_NAME or binding.get_host_cpu_name()
+    features = config.CPU_FEATURES
+    if features is None:
+        features = binding.get_host_cpu_features().flatten()
+    for part in (numba.__version__, llvmlite.__version__, sys.version, cpu, features, ISA):
+        digest.update(f"\0{part}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _open_cache() -> Path | None:
+    """The directory for this build's machine code, or None (with one warning) to go without."""
+    base = machine.cache_directory()
+    warning = base.warning
+    if base.path is not None:
+        directory = base.path / "kernels" / _fingerprint()
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return directory
+        except OSError as error:
+            warning = str(error)
+    print(f"cpuinfer: kernels are compiled anew at every start: {warning}", file=sys.stderr)
+    return None
+
+
+CACHE = _open_cache()
+if CACHE is not None:
+    config.CACHE_DIR = str(CACHE)
+
+
+class _TolerantCache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache, in which a damaged file means "not cached" and a full disk "do not cache"."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a pickle cut anywhere raises anything
+            self._discard()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            self.disable()
+            print(f"cpuinfer: cannot keep a compiled kernel: {error}", file=sys.stderr)
+
+    def _discard(self) -> None:
+        for file in Path(self._cache_path).glob(f"{self._impl.filename_base}.*"):
+            file.unlink(missing_ok=True)
+
+
+class Kernel:
+    """A jitted function with one signature, compiled (or loaded) by `prepare` or its first call."""
+
+    def __init__(self, function: Callable[..., Any], signature: Any, options: dict[str, Any]):
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self.signature = signature
+        self._dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
+        if CACHE is not None:
+            self._dispatcher._cache = _TolerantCache(function)
+
+    def prepare(self) -> bool:
+        """Make the machine code ready; True if it had to be compiled."""
+        if self.ready:
+            return False
+        self._dispatcher.compile(self.signature)
+        self._dispatcher.disable_compile()  # other types are a mistake, not a reason to compile
+        return not self._dispatcher.stats.cache_hits
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._dispatcher.signatures)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not self.ready:
+            self.prepare()
+        return self._dispatcher(*arguments)
+
+    def assembly(self) -> str:
+        """The machine code's text, to be read by people."""
+        self.prepare()
+        return "\n".join(self._dispatcher.inspect_asm().values())
+
+
+def kernel(signature: Any, parallel: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
+    """The one decorator of kernels: explicit signature, nogil, no fastmath, cached on disk.
+
+    Numba fuses nothing across operations without fastmath, so a kernel's float results are the
+    same on every machine.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Kernel:
+        return Kernel(function, signature, {"parallel": parallel})
+
+    return wrap
+
+
+def instance(template: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
+    """A copy of a kernel's source function whose global `names` are bound to other values.
+
+    Numba resolves globals when it compiles; so one driver written once serves every block format.
+    Closures would do the same, but their contents become part of the cache key, and emitted
+    functions have no lasting identity there.
+    """
+    function = types.FunctionType(template.__code__, {**template.__globals__, **names}, name)
+    function.__module__ = template.__module__
+    function.__qualname__ = name
+    return function
+
+
+#: Numba's worker threads serve one caller at a time: every forward pass holds this.
+compute = threading.RLock()
