@@ -1,0 +1,29 @@
+"""Q4_K: 256 weights in 144 bytes, in 8 groups of 32.
+
+    d        half        scale of the scales
+    dmin     half        scale of the mins
+    scales   12 bytes    a 6-bit scale and a 6-bit min for each group, see k_scales.py
+    qs       128 bytes   integers 0..15; each run of 32 bytes holds a group in the low halves and
+                         the next group in the high halves
+
+weight = d * scale * q - dmin * min
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quant import k_scales
+from quant.packing import scale_column, unpack_planes
+
+BLOCK_SIZE = 256
+LAYOUT = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (12,)), ("qs", "u1", (128,))])
+assert LAYOUT.itemsize == 144
+
+
+def dequantize_blocks(blocks: np.ndarray) -> NDArray[np.float32]:
+    """(n,) LAYOUT -> (n, 256) float32"""
+    scales, mins = k_scales.unpack(blocks["scales"])
+    q = unpack_planes(blocks["qs"].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
+    scale = scale_column(blocks, "d") * scales.astype(np.float32)  # (n, 8)
+    low = scale_column(blocks, "dmin") * mins.astype(np.float32)  # (n, 8)
+    return (scale[..., None] * q - low[..., None]).reshape(-1, BLOCK_SIZE)
