@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-DTYPES = {"f16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
+DTYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
 
 
 def padded(head_dim: int) -> int:
@@ -37,7 +37,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Positions kept."""
-        return self.keys.shape[2]
+        return int(self.keys.shape[2])
 
     @property
     def nbytes(self) -> int:

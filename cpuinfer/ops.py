@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -19,7 +20,7 @@ from cpuinfer.kernels import attention, elementwise, q4_0, q4_k, q5_k, q6_k, q8_
 from cpuinfer.kernels.activations import QUANTIZE
 from cpuinfer.kernels.floats import BF16_MATMUL, F16_MATMUL, F32_MATMUL
 from cpuinfer.kernels.integer import Correction, Format
-from cpuinfer.kernels.jit import Kernel
+from cpuinfer.kernels.jit import Kernel, config
 from cpuinfer.kernels.pack import PACK_16, PACK_32
 from quant import dequantize
 from quant.ggml_types import GGMLType
@@ -60,7 +61,7 @@ def computing(threads: int) -> Iterator[None]:
     if _forked.is_set():
         raise RuntimeError("the process was forked after cpuinfer was loaded: use spawn instead")
     with _compute:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
         yield
 
 
@@ -131,7 +132,7 @@ def _pack_floats(
     return words.reshape(len(words), cols, 1, 16), halves  # one column a block
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype[np.uint32 | np.uint16]) -> npt.NDArray:  # type: ignore[type-arg]
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """An uninitialised array that begins at a cache line."""
     count = int(np.prod(shape))
     raw = np.empty(count * dtype.itemsize + 64, np.uint8)
@@ -144,7 +145,7 @@ def linear(x: Floats, *weights: Weight) -> list[Floats]:
 
     Block formats with a kernel meet x rounded to 8 bits for each 32 values; others meet x itself.
     """
-    quantized: dict[tuple[Correction, int], tuple[npt.NDArray, Floats, npt.NDArray]] = {}  # type: ignore[type-arg]
+    quantized: dict[tuple[Correction, int], tuple[npt.NDArray[Any], Floats, npt.NDArray[Any]]] = {}
     results = []
     for w in weights:
         if x.shape[1] != w.shape[1]:
@@ -175,9 +176,19 @@ def _quantize(
     return q, d, corrections
 
 
-def _float_matmul(x: Floats, matmul: Kernel, words: npt.NDArray, halves: npt.NDArray) -> Floats:  # type: ignore[type-arg]
+def _float_matmul(
+    x: Floats, matmul: Kernel, words: npt.NDArray[Any], halves: npt.NDArray[Any]
+) -> Floats:
     out = np.empty((len(x), 16 * len(words)), np.float32)
-    matmul(x.reshape(-1).view(np.int8), _NO_FLOATS, _NO_INTS, words, halves, out, numba.get_num_threads())
+    matmul(
+        x.reshape(-1).view(np.int8),
+        _NO_FLOATS,
+        _NO_INTS,
+        words,
+        halves,
+        out,
+        numba.get_num_threads(),
+    )
     return out
 
 

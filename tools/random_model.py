@@ -29,7 +29,9 @@ def random_rows(
     """Packed rows (rows, row_bytes) of random bits whose weights have variance 1 / cols."""
     if qtype.block_size == 1:
         numbers = rng.standard_normal((rows, cols), np.float32) / np.float32(np.sqrt(cols))
-        return FORMATS[qtype].quantize_blocks(numbers.reshape(-1, 1)).view(np.uint8).reshape(rows, -1)
+        return (
+            FORMATS[qtype].quantize_blocks(numbers.reshape(-1, 1)).view(np.uint8).reshape(rows, -1)
+        )
     layout = FORMATS[qtype].LAYOUT
     blocks = rng.integers(0, 256, rows * qtype.row_bytes(cols), np.uint8).view(layout)
     scales = [name for name in ("d", "m", "dmin") if name in layout.names]

@@ -11,15 +11,13 @@ from llvmlite import ir
 from numba import prange
 
 from cpuinfer.kernels.integer import Correction
-from cpuinfer.kernels.jit import instance, kernel
+from cpuinfer.kernels.jit import Kernel, kernel
 from cpuinfer.kernels.matmul import MOST
 from cpuinfer.kernels.simd import F32, I8, I32, Emitter, Value, emitted
 
 
 def _write_block(kind: Correction) -> Any:
-    def block(
-        e: Emitter, x: Value, q: Value, d: Value, correction: Value, offset: Value
-    ) -> None:
+    def block(e: Emitter, x: Value, q: Value, d: Value, correction: Value, offset: Value) -> None:
         """Quantize 32 floats at `x`: bytes to `q`, their scale to `d`, and the correction."""
         b = e.b
         vectors = [e.load_floats(e.at(x, i * e.width, 4)) for i in range(32 // e.width)]
@@ -63,39 +61,39 @@ def _store_correction(
         e.store(b.fmul(b.sitofp(total, F32), scale), address)
 
 
-def _quantize(x, q, d, correction, offset, threads):  # type: ignore[no-untyped-def]
-    """x (tokens, cols) float32 to q, d and correction as `integer.py` wants them.
+def _quantizer(kind: Correction) -> Kernel:
+    write_block = emitted(_write_block(kind))
 
-    offset is what the correction multiplies the sum of the bytes with.
-    """
-    tokens, cols = x.shape
-    blocks = cols // 32
-    each = correction.size // d.size
-    for thread in prange(threads):
-        for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
-            start, size = 0, MOST
-            while t >= start + size or start + size > tokens:
-                if start + size <= tokens:
-                    start += size
-                elif size > 4:
-                    size = 4
-                else:
-                    size //= 2
-            for block in range(blocks):
-                n = start * blocks + block * size + t - start
-                write_block(
-                    x.ctypes.data + (t * cols + block * 32) * 4,
-                    q.ctypes.data + n * 32,
-                    d.ctypes.data + n * 4,
-                    correction.ctypes.data + n * each * 4,
-                    offset,
-                )
+    @kernel(f"quantize_{kind.name}", "void(f4[:,::1],i1[::1],f4[::1],i4[::1],i8,i8)", parallel=True)
+    def quantize(x, q, d, correction, offset, threads):  # type: ignore[no-untyped-def]
+        """x (tokens, cols) float32 to q, d and correction as `integer.py` wants them.
+
+        offset is what the correction multiplies the sum of the bytes with.
+        """
+        tokens, cols = x.shape
+        blocks = cols // 32
+        each = correction.size // d.size
+        for thread in prange(threads):
+            for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
+                start, size = 0, MOST  # of the tile the token is in
+                while t >= start + size or start + size > tokens:
+                    if start + size <= tokens:
+                        start += size
+                    elif size > 4:
+                        size = 4
+                    else:
+                        size //= 2
+                for block in range(blocks):
+                    n = start * blocks + block * size + t - start
+                    write_block(
+                        x.ctypes.data + (t * cols + block * 32) * 4,
+                        q.ctypes.data + n * 32,
+                        d.ctypes.data + n * 4,
+                        correction.ctypes.data + n * each * 4,
+                        offset,
+                    )
+
+    return quantize
 
 
-_SIGNATURE = "void(f4[:,::1],i1[::1],f4[::1],i4[::1],i8,i8)"
-QUANTIZE = {
-    kind: kernel(_SIGNATURE, parallel=True)(
-        instance(_quantize, f"quantize_{kind.name}", write_block=emitted(_write_block(kind)))
-    )
-    for kind in Correction
-}
+QUANTIZE = {kind: _quantizer(kind) for kind in Correction}

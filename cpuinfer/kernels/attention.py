@@ -14,7 +14,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange
 
-from cpuinfer.kernels.jit import Kernel, instance, kernel
+from cpuinfer.kernels.jit import Kernel, kernel
 from cpuinfer.kernels.simd import F32, I64, LANES, Emitter, Value, emitted
 
 Load = Callable[[Emitter, Value], Value]
@@ -56,6 +56,7 @@ def _scores(size: int, load: Load, heads: int) -> Any:
     return emitted(scores)
 
 
+@emitted
 def _softmax(e: Emitter, scores: Value, chunks: Value) -> None:
     """In place, over chunks of 16 scores; -inf, as beyond the last one, becomes 0."""
     lanes = [e.width * part for part in range(e.parts)]
@@ -120,90 +121,75 @@ def _mix(size: int, load: Load, heads: int) -> Any:
     return emitted(mix)
 
 
-def _attend(q, keys, values, start, window, scale, scores, out, threads):  # type: ignore[no-untyped-def]
-    """out[t, h] = softmax(scale * q[t, h] . keys) . values over what position start + t sees.
-
-    q, out (T, H, S) float32, S a multiple of 16; keys, values (K, capacity, S) of one layer, the
-    new tokens' own included; scores (threads, H / K, window or more, a multiple of 16).
-    """
-    tokens, n_heads, size = q.shape
-    n_kv_heads, capacity, _ = keys.shape
-    group = n_heads // n_kv_heads
-    stride = scores.shape[2]
-    row = size * keys.itemsize
-    items = tokens * n_kv_heads
-    for thread in prange(threads):
-        for item in range(thread * items // threads, (thread + 1) * items // threads):
-            kv, t = item // tokens, item % tokens
-            first = max(0, start + t - window + 1)
-            count = start + t + 1 - first
-            run = min(count, capacity - first % capacity)  # slots before the ring's end
-            ring = kv * capacity * row
-            begin = ring + first % capacity * row
-            out[t, kv * group : (kv + 1) * group] = 0.0
-            head = 0
-            while head < group:
-                n = 4 if group - head >= 4 else 2 if group - head >= 2 else 1
-                here = (t * n_heads + kv * group + head) * size * 4
-                x, o = q.ctypes.data + here, out.ctypes.data + here
-                s = scores.ctypes.data + (thread * group + head) * stride * 4
-                k, v = keys.ctypes.data, values.ctypes.data
-                score(n, x, k + begin, run, size, scale, s, stride)
-                score(n, x, k + ring, count - run, size, scale, s + 4 * run, stride)
-                for i in range(head, head + n):
-                    scores[thread, i, count : (count + 15) // 16 * 16] = -np.inf
-                    softmax(s + 4 * (i - head) * stride, (count + 15) // 16)
-                weigh(n, s, stride, v + begin, run, size, row, o)
-                weigh(n, s + 4 * run, stride, v + ring, count - run, size, row, o)
-                head += n
-
-
-def _score(n, x, keys, count, size, scale, out, stride):  # type: ignore[no-untyped-def]
-    if n == 4:
-        score_4(x, keys, count, size, scale, out, stride)
-    elif n == 2:
-        score_2(x, keys, count, size, scale, out, stride)
-    else:
-        score_1(x, keys, count, size, scale, out, stride)
-
-
-def _weigh(n, weights, stride, values, count, size, row, out):  # type: ignore[no-untyped-def]
-    for i in range(0, count, VALUE_BLOCK):
-        some = min(VALUE_BLOCK, count - i)
-        if n == 4:
-            mix_4(weights + 4 * i, stride, values + i * row, some, size, out)
-        elif n == 2:
-            mix_2(weights + 4 * i, stride, values + i * row, some, size, out)
-        else:
-            mix_1(weights + 4 * i, stride, values + i * row, some, size, out)
-
-
 def _attention(name: str, number: str, size: int, load: Load) -> Kernel:
     """The kernel for a ring whose numbers have `size` bytes and are read by `load`."""
-    heads = (4, 2, 1)
-    score = instance(_score, "score", **{f"score_{n}": _scores(size, load, n) for n in heads})
-    weigh = instance(_weigh, "weigh", **{f"mix_{n}": _mix(size, load, n) for n in heads})
-    source = instance(
-        _attend,
-        f"attend_{name}",
-        score=njit(error_model="numpy")(score),
-        weigh=njit(error_model="numpy")(weigh),
-        softmax=emitted(_softmax),
-    )
+    score_1, score_2, score_4 = (_scores(size, load, n) for n in (1, 2, 4))
+    mix_1, mix_2, mix_4 = (_mix(size, load, n) for n in (1, 2, 4))
     ring = f"{number}[:,:,::1]"
-    signature = f"void(f4[:,:,::1],{ring},{ring},i8,i8,f4,f4[:,:,::1],f4[:,:,::1],i8)"
-    return kernel(signature, parallel=True)(source)
 
+    @njit(error_model="numpy")
+    def score(n, x, keys, count, size, scale, out, stride):  # type: ignore[no-untyped-def]
+        if n == 4:
+            score_4(x, keys, count, size, scale, out, stride)
+        elif n == 2:
+            score_2(x, keys, count, size, scale, out, stride)
+        else:
+            score_1(x, keys, count, size, scale, out, stride)
 
-def _append(ring, new, start):  # type: ignore[no-untyped-def]
-    """Write new (T, K, S) float32 to the slots of positions start, start + 1, ... of ring (K, capacity, S)."""
-    n_kv_heads, capacity, size = ring.shape
-    for t in range(new.shape[0]):
-        slot = (start + t) % capacity
-        for head in range(n_kv_heads):
-            target = ring.ctypes.data + (head * capacity + slot) * size * ring.itemsize
-            source = new.ctypes.data + (t * n_kv_heads + head) * size * 4
-            copy(source, target, size // 16)
+    @njit(error_model="numpy")
+    def weigh(n, weights, stride, values, count, size, row, out):  # type: ignore[no-untyped-def]
+        for i in range(0, count, VALUE_BLOCK):
+            some = min(VALUE_BLOCK, count - i)
+            if n == 4:
+                mix_4(weights + 4 * i, stride, values + i * row, some, size, out)
+            elif n == 2:
+                mix_2(weights + 4 * i, stride, values + i * row, some, size, out)
+            else:
+                mix_1(weights + 4 * i, stride, values + i * row, some, size, out)
+
+    @kernel(
+        f"attend_{name}",
+        f"void(f4[:,:,::1],{ring},{ring},i8,i8,f4,f4[:,:,::1],f4[:,:,::1],i8)",
+        parallel=True,
+    )
+    def attend(q, keys, values, start, window, scale, scores, out, threads):  # type: ignore[no-untyped-def]
+        """out[t, h] = softmax(scale * q[t, h] . keys) . values over what position start + t sees.
+
+        q, out (T, H, S) float32, S a multiple of 16; keys, values (K, capacity, S) of one layer,
+        the new tokens' own included; scores (threads, H / K, window or more, a multiple of 16).
+        """
+        tokens, n_heads, size = q.shape
+        n_kv_heads, capacity, _ = keys.shape
+        group = n_heads // n_kv_heads
+        stride = scores.shape[2]
+        row = size * keys.itemsize
+        items = tokens * n_kv_heads
+        for thread in prange(threads):
+            for item in range(thread * items // threads, (thread + 1) * items // threads):
+                kv, t = item // tokens, item % tokens
+                first = max(0, start + t - window + 1)
+                count = start + t + 1 - first
+                run = min(count, capacity - first % capacity)  # slots before the ring's end
+                ring = kv * capacity * row
+                begin = ring + first % capacity * row
+                out[t, kv * group : (kv + 1) * group] = 0.0
+                head = 0
+                while head < group:
+                    n = 4 if group - head >= 4 else 2 if group - head >= 2 else 1
+                    here = (t * n_heads + kv * group + head) * size * 4
+                    x, o = q.ctypes.data + here, out.ctypes.data + here
+                    s = scores.ctypes.data + (thread * group + head) * stride * 4
+                    k, v = keys.ctypes.data, values.ctypes.data
+                    score(n, x, k + begin, run, size, scale, s, stride)
+                    score(n, x, k + ring, count - run, size, scale, s + 4 * run, stride)
+                    for i in range(head, head + n):
+                        scores[thread, i, count : (count + 15) // 16 * 16] = -np.inf
+                        _softmax(s + 4 * (i - head) * stride, (count + 15) // 16)
+                    weigh(n, s, stride, v + begin, run, size, row, o)
+                    weigh(n, s + 4 * run, stride, v + ring, count - run, size, row, o)
+                    head += n
+
+    return attend
 
 
 def _copy(size: int, store: Callable[[Emitter, Value, Value], None]) -> Any:
@@ -217,8 +203,18 @@ def _copy(size: int, store: Callable[[Emitter, Value, Value], None]) -> Any:
 
 
 def _appender(name: str, number: str, copy: Any) -> Kernel:
-    source = instance(_append, f"append_{name}", copy=copy)
-    return kernel(f"void({number}[:,:,::1],f4[:,:,::1],i8)")(source)
+    @kernel(f"append_{name}", f"void({number}[:,:,::1],f4[:,:,::1],i8)")
+    def append(ring, new, start):  # type: ignore[no-untyped-def]
+        """Write new (T, K, S) float32 to ring (K, capacity, S) from position start on."""
+        n_kv_heads, capacity, size = ring.shape
+        for t in range(new.shape[0]):
+            slot = (start + t) % capacity
+            for head in range(n_kv_heads):
+                target = ring.ctypes.data + (head * capacity + slot) * size * ring.itemsize
+                source = new.ctypes.data + (t * n_kv_heads + head) * size * 4
+                copy(source, target, size // 16)
+
+    return append
 
 
 #: By the name of the cache's number type.

@@ -7,10 +7,11 @@ one sum, of squares, is 16 lane sums added in a fixed tree.
 import numpy as np
 from numba import prange
 
-from cpuinfer.kernels.jit import instance, kernel
+from cpuinfer.kernels.jit import kernel
 from cpuinfer.kernels.simd import LANES, Emitter, Value, emitted
 
 
+@emitted
 def _sum_squares(e: Emitter, x: Value, chunks: Value, out: Value) -> None:
     sums = [e.variable(e.zeros()) for _ in range(e.parts)]
     with e.loop(chunks) as chunk:
@@ -20,7 +21,8 @@ def _sum_squares(e: Emitter, x: Value, chunks: Value, out: Value) -> None:
     e.store(e.sum_lanes([e.get(s) for s in sums]), out)
 
 
-def _rms_norm(x, weight, eps, squares, out, threads):  # type: ignore[no-untyped-def]
+@kernel("rms_norm", "void(f4[:,::1],f4[::1],f4,f4[::1],f4[:,::1],i8)", parallel=True)
+def RMS_NORM(x, weight, eps, squares, out, threads):  # type: ignore[no-untyped-def]
     """out = x / sqrt(mean(x^2) + eps) * weight, row by row (arXiv 1910.07467).
 
     x, out (T, D) float32; weight (D,); squares (T,) receives the sums of squares.
@@ -28,7 +30,7 @@ def _rms_norm(x, weight, eps, squares, out, threads):  # type: ignore[no-untyped
     tokens, dim = x.shape
     for thread in prange(threads):
         for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
-            sum_squares(x[t].ctypes.data, dim // 16, squares[t:].ctypes.data)
+            _sum_squares(x[t].ctypes.data, dim // 16, squares[t:].ctypes.data)
             for i in range(dim // 16 * 16, dim):
                 squares[t] += x[t, i] * x[t, i]
             scale = np.float32(1.0) / np.sqrt(squares[t] / np.float32(dim) + eps)
@@ -36,12 +38,7 @@ def _rms_norm(x, weight, eps, squares, out, threads):  # type: ignore[no-untyped
                 out[t, i] = x[t, i] * scale * weight[i]
 
 
-RMS_NORM = kernel("void(f4[:,::1],f4[::1],f4,f4[::1],f4[:,::1],i8)", parallel=True)(
-    instance(_rms_norm, "rms_norm", sum_squares=emitted(_sum_squares))
-)
-
-
-@kernel("void(f4[:,:,::1],f4[:,::1],f4[:,::1],i8)", parallel=True)
+@kernel("rope", "void(f4[:,:,::1],f4[:,::1],f4[:,::1],i8)", parallel=True)
 def ROPE(x, cos, sin, threads):  # type: ignore[no-untyped-def]
     """Rotate the adjacent pairs (2i, 2i + 1) of every head in place (arXiv 2104.09864).
 
@@ -58,6 +55,7 @@ def ROPE(x, cos, sin, threads):  # type: ignore[no-untyped-def]
                     x[t, head, 2 * i + 1] = even * sin[t, i] + odd * cos[t, i]
 
 
+@emitted
 def _silu_chunk(e: Emitter, gate: Value, up: Value) -> None:
     """16 numbers of gate become gate / (1 + exp(-gate)) * up."""
     for part in range(e.parts):
@@ -68,14 +66,10 @@ def _silu_chunk(e: Emitter, gate: Value, up: Value) -> None:
         e.store(e.b.fmul(e.b.fdiv(g, denominator), u), place)
 
 
-def _silu_mul(gate, up, threads):  # type: ignore[no-untyped-def]
+@kernel("silu_mul", "void(f4[::1],f4[::1],i8)", parallel=True)
+def SILU_MUL(gate, up, threads):  # type: ignore[no-untyped-def]
     """gate = silu(gate) * up in place; both (n,) float32, n a multiple of 16 (arXiv 2002.05202)."""
     chunks = gate.size // 16
     for thread in prange(threads):
         for c in range(thread * chunks // threads, (thread + 1) * chunks // threads):
-            silu_chunk(gate.ctypes.data + 64 * c, up.ctypes.data + 64 * c)
-
-
-SILU_MUL = kernel("void(f4[::1],f4[::1],i8)", parallel=True)(
-    instance(_silu_mul, "silu_mul", silu_chunk=emitted(_silu_chunk))
-)
+            _silu_chunk(gate.ctypes.data + 64 * c, up.ctypes.data + 64 * c)

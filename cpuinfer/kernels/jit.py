@@ -10,8 +10,6 @@ import hashlib
 import os
 import platform
 import sys
-import threading
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,12 @@ from typing import Any
 import llvmlite
 import numba
 from llvmlite import binding
-from numba.core import config
+from numba.core import config as _config
 from numba.core.caching import FunctionCache
 
 from cpuinfer import machine
 
+config: Any = _config  # Numba sets its names at run time, where no checker sees them
 ISA = machine.instruction_set()
 
 
@@ -80,8 +79,12 @@ if CACHE is not None:
     config.CACHE_DIR = str(CACHE)
 
 
-class _TolerantCache(FunctionCache):  # type: ignore[misc]
-    """Numba's cache, in which a damaged file means "not cached" and a full disk "do not cache"."""
+class _TolerantCache(FunctionCache):
+    """Numba's cache, in which a damaged file means "not cached" and a full disk "do not cache".
+
+    What a kernel closes over is not part of the key: emitted functions have no lasting identity,
+    and the directory's name covers their sources.
+    """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -97,6 +100,9 @@ class _TolerantCache(FunctionCache):  # type: ignore[misc]
             self.disable()
             print(f"cpuinfer: cannot keep a compiled kernel: {error}", file=sys.stderr)
 
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return sig, codegen.magic_tuple(), self._py_func.__qualname__
+
     def _discard(self) -> None:
         for file in Path(self._cache_path).glob(f"{self._impl.filename_base}.*"):
             file.unlink(missing_ok=True)
@@ -105,10 +111,11 @@ class _TolerantCache(FunctionCache):  # type: ignore[misc]
 class Kernel:
     """A jitted function with one signature, compiled (or loaded) by `prepare` or its first call."""
 
-    def __init__(self, function: Callable[..., Any], signature: Any, options: dict[str, Any]):
-        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    def __init__(self, function: Callable[..., Any], signature: Any, parallel: bool) -> None:
+        self.name = function.__qualname__
         self.signature = signature
-        self._dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
+        compiler = numba.njit(nogil=True, error_model="numpy", parallel=parallel)
+        self._dispatcher: Any = compiler(function)
         if CACHE is not None:
             self._dispatcher._cache = _TolerantCache(function)
 
@@ -122,6 +129,7 @@ class Kernel:
 
     @property
     def ready(self) -> bool:
+        """Whether the machine code is in memory."""
         return bool(self._dispatcher.signatures)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -135,31 +143,17 @@ class Kernel:
         return "\n".join(self._dispatcher.inspect_asm().values())
 
 
-def kernel(signature: Any, parallel: bool = False) -> Callable[[Callable[..., Any]], Kernel]:
+def kernel(
+    name: str, signature: Any, parallel: bool = False
+) -> Callable[[Callable[..., Any]], Kernel]:
     """The one decorator of kernels: explicit signature, nogil, no fastmath, cached on disk.
 
-    Numba fuses nothing across operations without fastmath, so a kernel's float results are the
-    same on every machine.
+    `name` tells apart kernels that one function makes for several formats.  Numba fuses nothing
+    across operations without fastmath, so a kernel's float results are the same on every machine.
     """
 
     def wrap(function: Callable[..., Any]) -> Kernel:
-        return Kernel(function, signature, {"parallel": parallel})
+        function.__name__ = function.__qualname__ = name
+        return Kernel(function, signature, parallel)
 
     return wrap
-
-
-def instance(template: Callable[..., Any], name: str, **names: Any) -> Callable[..., Any]:
-    """A copy of a kernel's source function whose global `names` are bound to other values.
-
-    Numba resolves globals when it compiles; so one driver written once serves every block format.
-    Closures would do the same, but their contents become part of the cache key, and emitted
-    functions have no lasting identity there.
-    """
-    function = types.FunctionType(template.__code__, {**template.__globals__, **names}, name)
-    function.__module__ = template.__module__
-    function.__qualname__ = name
-    return function
-
-
-#: Numba's worker threads serve one caller at a time: every forward pass holds this.
-compute = threading.RLock()

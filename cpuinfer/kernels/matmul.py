@@ -1,15 +1,16 @@
-"""The driver of all matrix products: groups of 16 packed rows times tiles of tokens, on all threads.
+"""The driver of all matrix products: groups of 16 packed rows times tiles of tokens.
 
 `integer.py` and `floats.py` write the tiles.  A weight is read from memory for the first tile and
 from the cache for the others; every output is one accumulator inside one tile, so neither the tile
 nor the thread it lands in changes its value.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import prange
 
-from cpuinfer.kernels.jit import ISA, Kernel, instance, kernel
+from cpuinfer.kernels.jit import ISA, Kernel, kernel
 from cpuinfer.kernels.simd import emitted
 
 #: The most tokens that meet a weight while it is in registers, by the number of registers; the
@@ -17,44 +18,47 @@ from cpuinfer.kernels.simd import emitted
 MOST = 12 if ISA == "avx512vnni" else 4
 
 
-def _matmul(x, d, correction, words, halves, out, threads):  # type: ignore[no-untyped-def]
-    """out[t, r] = sum over c of x[t, c] * weight[r, c]
+def matmul(name: str, write_tile: Callable[[int], Any], words: str = "u4") -> Kernel:
+    """The kernel whose tile for n tokens is written by `write_tile(n)`.
 
-    x (tokens * bytes of a row,) int8, d float32 and correction int32 as `activations.py` makes
-    them (for float weights x is the rows themselves and the others are empty); words (groups,
-    blocks, words, 16) and halves (groups, blocks, 16) as packed; out (tokens, groups * 16) float32.
+    `words` is the dtype of the packed words, as Numba writes it.
     """
-    groups, blocks = words.shape[0], words.shape[1]
-    tokens, stride = out.shape
-    for thread in prange(threads):
-        for g in range(thread * groups // threads, (thread + 1) * groups // threads):
-            w = words.ctypes.data + g * words[0].nbytes
-            h = halves.ctypes.data + g * halves[0].nbytes
-            t = 0
-            while t < tokens:
-                left = tokens - t
-                a = x.ctypes.data + t * (x.nbytes // tokens)
-                s = d.ctypes.data + t * (d.nbytes // tokens)
-                c = correction.ctypes.data + t * (correction.nbytes // tokens)
-                o = out.ctypes.data + (t * stride + g * 16) * 4
-                if left >= MOST:
-                    tile_most(w, h, blocks, a, s, c, o, stride)
-                    t += MOST
-                elif left >= 4:
-                    tile_4(w, h, blocks, a, s, c, o, stride)
-                    t += 4
-                elif left >= 2:
-                    tile_2(w, h, blocks, a, s, c, o, stride)
-                    t += 2
-                else:
-                    tile_1(w, h, blocks, a, s, c, o, stride)
-                    t += 1
-
-
-def matmul(name: str, write_tile: Any, words: str = "u4") -> Kernel:
-    """The kernel whose tile for n tokens is written by `write_tile(n)`; `words` is their dtype."""
-    tiles = {f"tile_{n}": emitted(write_tile(n)) for n in (4, 2, 1)}
-    most = emitted(write_tile(MOST)) if MOST > 4 else tiles["tile_4"]
-    source = instance(_matmul, f"matmul_{name}", MOST=MOST, tile_most=most, **tiles)
+    tile_1, tile_2, tile_4 = (emitted(write_tile(n)) for n in (1, 2, 4))
+    tile_most = emitted(write_tile(MOST)) if MOST > 4 else tile_4
     signature = f"void(i1[::1],f4[::1],i4[::1],{words}[:,:,:,::1],u2[:,:,::1],f4[:,::1],i8)"
-    return kernel(signature, parallel=True)(source)
+
+    @kernel(f"matmul_{name}", signature, parallel=True)
+    def product(x, d, correction, words, halves, out, threads):  # type: ignore[no-untyped-def]
+        """out[t, r] = sum over c of x[t, c] * weight[r, c]
+
+        x (tokens * bytes of a row,) int8, d float32 and correction int32 as `activations.py` makes
+        them (for float weights x is the rows themselves and the others are empty); words (groups,
+        blocks, words, 16) and halves (groups, blocks, 16) as packed; out (tokens, groups * 16).
+        """
+        groups, blocks = words.shape[0], words.shape[1]
+        tokens, stride = out.shape
+        for thread in prange(threads):
+            for g in range(thread * groups // threads, (thread + 1) * groups // threads):
+                w = words.ctypes.data + g * words[0].nbytes
+                h = halves.ctypes.data + g * halves[0].nbytes
+                t = 0
+                while t < tokens:
+                    left = tokens - t
+                    a = x.ctypes.data + t * (x.nbytes // tokens)
+                    s = d.ctypes.data + t * (d.nbytes // tokens)
+                    c = correction.ctypes.data + t * (correction.nbytes // tokens)
+                    o = out.ctypes.data + (t * stride + g * 16) * 4
+                    if left >= MOST:
+                        tile_most(w, h, blocks, a, s, c, o, stride)
+                        t += MOST
+                    elif left >= 4:
+                        tile_4(w, h, blocks, a, s, c, o, stride)
+                        t += 4
+                    elif left >= 2:
+                        tile_2(w, h, blocks, a, s, c, o, stride)
+                        t += 2
+                    else:
+                        tile_1(w, h, blocks, a, s, c, o, stride)
+                        t += 1
+
+    return product

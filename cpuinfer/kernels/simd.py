@@ -185,7 +185,9 @@ class Emitter:
             sign = self.b.shl(self.and_(bits, 0x8000), self.ints(16))
             return self.b.bitcast(self.b.or_(value, sign), self.f32v)
         halves = self.b.trunc(bits, ir.VectorType(I16, self.width))
-        return self.b.fpext(self.b.bitcast(halves, ir.VectorType(ir.HalfType(), self.width)), self.f32v)
+        return self.b.fpext(
+            self.b.bitcast(halves, ir.VectorType(ir.HalfType(), self.width)), self.f32v
+        )
 
     def store_halves(self, x: Value, address: Value) -> None:
         """Write floats as half precision, rounded to nearest even."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpuinfer import ops
-from cpuinfer.cache import KVCache, cache_bytes
+from cpuinfer.cache import KVCache
 from cpuinfer.config import ModelConfig
 from cpuinfer.gguf import GGUFFile, QTensor
 from quant import dequantize
@@ -31,7 +31,7 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Span:
-    """New tokens of one sequence: int32 ids, its cache, and for how many of the last ones logits."""
+    """New int32 tokens of one sequence, its cache, and how many of the last want logits."""
 
     tokens: npt.NDArray[np.int32]
     cache: KVCache
@@ -176,7 +176,9 @@ class Llama:
             if not 1 <= len(span.tokens) <= self.chunk:
                 raise ValueError(f"a pass takes 1 to {self.chunk} tokens, got {len(span.tokens)}")
         with ops.computing(self.threads):
-            x = ops.embed(np.concatenate([span.tokens for span in spans]), self.token_embd)  # (T, D)
+            x = ops.embed(
+                np.concatenate([span.tokens for span in spans]), self.token_embd
+            )  # (T, D)
             rope = self._rope(spans)
             for layer, block in enumerate(self.blk):
                 if cancel is not None and cancel.is_set():
@@ -200,9 +202,7 @@ class Llama:
         outs, row = [], 0
         for span in spans:
             rows = slice(row, row := row + len(span.tokens))
-            outs.append(
-                ops.attend(q[rows], k[rows], v[rows], span.cache, layer, c.sliding_window)
-            )
+            outs.append(ops.attend(q[rows], k[rows], v[rows], span.cache, layer, c.sliding_window))
         out = outs[0] if len(outs) == 1 else np.concatenate(outs)
         return ops.linear(out.reshape(len(x), -1), block.attn_output)[0]
 
