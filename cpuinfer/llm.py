@@ -1,0 +1,272 @@
+"""LLM: the class people import.  It joins file, tokenizer, model, sampling and text."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cpuinfer import chat, generate, machine, ops
+from cpuinfer.cache import KVCache
+from cpuinfer.completion import Chunk, Completion, Stream, Timings, TokenLogprob
+from cpuinfer.config import ModelConfig, SlidingWindow
+from cpuinfer.generate import Generation
+from cpuinfer.gguf import GGUFFile, escape, open_gguf
+from cpuinfer.kernels.jit import Kernel
+from cpuinfer.models import ARCHITECTURES
+from cpuinfer.models.llama import check_tensors
+from cpuinfer.plan import fitting_context
+from cpuinfer.sampling import Sampled, Sampler, SamplingParams
+from cpuinfer.tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
+from quant.ggml_types import GGMLType
+
+KVType = Literal["f32", "f16"]
+Message = Mapping[str, Any]
+#: Called with a stage ("compile", "load", "prompt"), how much is done, and of how much.
+Progress = Callable[[str, int, int], None]
+
+
+class LLM:
+    """A model file ready to generate.  Several threads may use it; their passes take turns."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        context_length: int | None = None,
+        threads: int | None = None,
+        sliding_window: SlidingWindow = "auto",
+        kv_type: KVType = "f16",
+        template: str | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Open, check and load a GGUF file.
+
+        `context_length` None takes what the model was trained for, or less if memory asks for it;
+        `threads` None those this process is allowed; `sliding_window` see ModelConfig.from_gguf;
+        `kv_type` "f16" or "f32"; `template` the name of a built-in chat template or a Jinja file.
+        Raises OSError, ModelFormatError, machine.NotEnoughMemory, ValueError for an argument.
+        """
+        _check_arguments(threads, kv_type)
+        self.path = Path(model)
+        self.file = open_gguf(self.path)
+        self.config = ModelConfig.from_gguf(self.file, sliding_window)
+        self.tokenizer: Tokenizer = load_tokenizer(self.file)
+        self.kv_type = kv_type
+        self.context_length = fitting_context(self.file, self.config, kv_type, context_length)
+        self._cut_context = context_length is None and (
+            self.context_length < self.config.context_length
+        )
+        self._template: chat.Template | None = None
+        if template is not None:
+            self._template = chat.load_template(self.file, self.tokenizer, template)
+        self.threads = threads or machine.threads()[0]
+        self._on_progress = on_progress or (lambda stage, done, total: None)
+        prepare_kernels(ops.kernels_for(matrix_types(self.file), kv_type), self._on_progress)
+        self._model = ARCHITECTURES[self.file.text("general.architecture")](
+            self.file,
+            self.config,
+            kv_type=kv_type,
+            threads=self.threads,
+            context_length=self.context_length,
+            progress=lambda done, total: self._on_progress("load", done, total),
+        )
+        self._spare: list[KVCache] = []
+        self._spare_lock = threading.Lock()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the memory; the object is of no use afterwards."""
+        self._spare.clear()
+        del self._model
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What whoever runs the model should know, one line each."""
+        found = file_warnings(self.file, self.config)
+        trained = self.config.context_length
+        if self._cut_context:
+            found.append(
+                f"the context is {self.context_length} positions instead of the {trained} the "
+                "model was trained for: there is no memory for more"
+            )
+        return tuple(found)
+
+    @property
+    def template(self) -> chat.Template:
+        """The chat template; the errors of chat.load_template where the file has none of use."""
+        if self._template is None:
+            self._template = chat.load_template(self.file, self.tokenizer, None)
+        return self._template
+
+    # --- text ---
+
+    def generate(self, prompt: str | Sequence[int], **params: Any) -> Completion:
+        """Continue `prompt`, a text or token ids; `params` are those of SamplingParams.
+
+        Raises ValueError (ContextLengthExceeded too) and sampling.NumericsError.
+        """
+        return _whole(self.stream(prompt, **params))
+
+    def stream(self, prompt: str | Sequence[int], **params: Any) -> Stream:
+        """`generate` piece by piece: text as soon as it is certain."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._stream(ids, StreamDecoder(self.tokenizer, ids), params)
+
+    def chat(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **params: Any
+    ) -> Completion:
+        """The model's reply to a conversation; the errors of chat.prompt_ids too."""
+        return _whole(self.stream_chat(messages, tools, **params))
+
+    def stream_chat(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **params: Any
+    ) -> Stream:
+        """`chat` piece by piece."""
+        ids = self.prompt_ids(messages, tools)
+        return self._stream(ids, StreamDecoder(self.tokenizer), params)
+
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[int]:
+        """The ids `chat` sends to the model, BOS included."""
+        return chat.prompt_ids(self.template, self.tokenizer, messages, tools)
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """(T, vocab_size) float32: the logits after each of T ids, from an empty cache."""
+        if not 0 < len(ids) <= self.context_length:
+            raise generate.ContextLengthExceeded(len(ids), self.context_length)
+        StreamDecoder(self.tokenizer, ids)  # refuses ids that are no tokens
+        with self._cache() as cache:
+            return np.concatenate(
+                list(generate.prefill(self._model, ids, cache, n_logits=len(ids)))
+            )
+
+    # --- inside ---
+
+    def _stream(self, ids: list[int], decoder: StreamDecoder, params: dict[str, Any]) -> Stream:
+        sampling = SamplingParams(**params)
+        sampler = Sampler(
+            sampling,
+            self.config.vocab_size,
+            n_tokens=self.tokenizer.vocab_size,
+            eog_ids=self.tokenizer.eog_ids,
+        )
+        stream = Stream(iter(()))
+        stream._chunks = self._chunks(stream, ids, decoder, sampler)
+        return stream
+
+    def _chunks(
+        self, stream: Stream, ids: list[int], decoder: StreamDecoder, sampler: Sampler
+    ) -> Iterator[Chunk]:
+        start = time.perf_counter()
+        first: float | None = None
+        generation = Generation(ids, [])
+        stops = StopStrings(tuple(sampler.params.stop))
+        pieces: list[str] = []
+        logprobs: list[TokenLogprob] = []
+        self._on_progress("prompt", 0, len(ids))
+        with self._cache() as cache:
+            for sampled in generate.generate(
+                self._model,
+                generation,
+                sampler,
+                self.tokenizer.eog_ids,
+                cache,
+                progress=lambda done, total: self._on_progress("prompt", done, total),
+            ):
+                first = first or time.perf_counter()
+                text = stops.add(decoder.add(sampled.token))
+                reported = self._logprob(sampled)
+                logprobs += reported
+                pieces.append(text)
+                yield Chunk(text, (sampled.token,), reported)
+                if stops.found:
+                    generation.finish_reason = "stop"
+                    break
+        rest = "" if stops.found else stops.add(decoder.finish())
+        rest += "" if stops.found else stops.finish()
+        end = time.perf_counter()
+        assert generation.finish_reason is not None
+        stream.completion = Completion(
+            text="".join(pieces) + rest,
+            token_ids=tuple(generation.tokens),
+            finish_reason=generation.finish_reason,
+            prompt_tokens=len(ids),
+            completion_tokens=len(generation.tokens),
+            timings=Timings((first or end) - start, end - (first or end)),
+            seed=sampler.seed,
+            logprobs=None if sampler.params.logprobs is None else tuple(logprobs),
+        )
+        yield Chunk(rest, finish_reason=generation.finish_reason)
+
+    def _logprob(self, sampled: Sampled) -> tuple[TokenLogprob, ...]:
+        if sampled.logprob is None:
+            return ()
+        top = tuple((self._shown(token), logprob) for token, logprob in sampled.top_logprobs)
+        return (TokenLogprob(sampled.token, self._shown(sampled.token), sampled.logprob, top),)
+
+    def _shown(self, token: int) -> str:
+        return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+    @contextmanager
+    def _cache(self) -> Iterator[KVCache]:
+        """An empty cache, kept for the next request afterwards."""
+        with self._spare_lock:
+            cache = self._spare.pop() if self._spare else None
+        cache = cache or self._model.make_cache()
+        cache.reset()
+        try:
+            yield cache
+        finally:
+            with self._spare_lock:
+                if not self._spare:
+                    self._spare.append(cache)
+
+
+def _whole(stream: Stream) -> Completion:
+    for _ in stream:
+        pass
+    assert stream.completion is not None
+    return stream.completion
+
+
+def _check_arguments(threads: int | None, kv_type: str) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if kv_type not in ("f16", "f32"):
+        raise ValueError(f"kv_type must be 'f16' or 'f32', got {kv_type!r}")
+
+
+def matrix_types(file: GGUFFile) -> set[GGMLType]:
+    """The types of a file's matrices."""
+    return {tensor.qtype for tensor in file.tensors.values() if len(tensor.shape) == 2}
+
+
+def prepare_kernels(kernels: Sequence[Kernel], on_progress: Progress) -> int:
+    """Make kernels ready; how many had to be compiled."""
+    compiled = 0
+    for done, kernel in enumerate(kernels):
+        on_progress("compile", done, len(kernels))
+        compiled += kernel.prepare()
+    on_progress("compile", len(kernels), len(kernels))
+    return compiled
+
+
+def file_warnings(file: GGUFFile, config: ModelConfig) -> list[str]:
+    """What is odd about a file without keeping it from running; ModelFormatError for what does."""
+    unused = check_tensors(file, config)
+    if not unused:
+        return list(file.warnings)
+    names = escape(", ".join(unused[:3])) + ", ..." * (len(unused) > 3)
+    return [*file.warnings, f"{escape(file.path.name)}: {len(unused)} tensors not used: {names}"]

@@ -1,0 +1,175 @@
+"""The class people import, with the bundled model."""
+
+import threading
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cpuinfer
+from cpuinfer import machine
+from cpuinfer.generate import ContextLengthExceeded
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def path() -> Iterator[Path]:
+    with resources.as_file(resources.files("cpuinfer") / "data/demo.gguf") as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def llm(path: Path) -> Iterator[cpuinfer.LLM]:
+    with cpuinfer.LLM(path, threads=1) as llm:
+        yield llm
+
+
+def test_a_completion_tells_everything(llm: cpuinfer.LLM) -> None:
+    done = llm.generate(PROMPT, max_tokens=20, seed=1, ignore_eos=True)
+    assert (done.finish_reason, done.completion_tokens, len(done.token_ids)) == ("length", 20, 20)
+    assert done.prompt_tokens == len(llm.tokenizer.encode(PROMPT)) == 5
+    assert done.seed == 1
+    whole = llm.tokenizer.encode(PROMPT) + list(done.token_ids)
+    assert llm.tokenizer.decode(whole) == PROMPT + done.text
+    assert done.timings.prompt_seconds > 0 and done.timings.generation_seconds > 0
+
+
+def test_a_stream_gives_the_same_text_in_pieces(llm: cpuinfer.LLM) -> None:
+    whole = llm.generate(PROMPT, max_tokens=40, seed=3)
+    stream = llm.stream(PROMPT, max_tokens=40, seed=3)
+    chunks = list(stream)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [t for chunk in chunks for t in chunk.token_ids] == list(whole.token_ids)
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == whole.finish_reason
+    assert stream.completion is not None and stream.completion.text == whole.text
+
+
+def test_seed_threads_and_chunks_do_not_change_a_token(path: Path, llm: cpuinfer.LLM) -> None:
+    prompt = llm.generate(PROMPT, max_tokens=300, seed=7, ignore_eos=True).text
+    wanted = llm.generate(prompt, max_tokens=60, seed=11).token_ids
+    assert llm.generate(prompt, max_tokens=60, seed=11).token_ids == wanted
+    assert llm.generate(prompt, max_tokens=60, seed=12).token_ids != wanted
+    with cpuinfer.LLM(path, threads=2) as other:
+        assert other.generate(prompt, max_tokens=60, seed=11).token_ids == wanted
+        other._model.chunk = 13  # the ring was made for more
+        assert other.generate(prompt, max_tokens=60, seed=11).token_ids == wanted
+
+
+def test_without_a_seed_one_is_drawn_and_told(llm: cpuinfer.LLM) -> None:
+    first = llm.generate(PROMPT, max_tokens=30, ignore_eos=True)
+    second = llm.generate(PROMPT, max_tokens=30, ignore_eos=True)
+    assert first.seed != second.seed
+    again = llm.generate(PROMPT, max_tokens=30, ignore_eos=True, seed=first.seed)
+    assert again.token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("split", [1, 2, 5])
+def test_a_stop_string_over_several_tokens_is_never_shown(llm: cpuinfer.LLM, split: int) -> None:
+    free = llm.generate(PROMPT, max_tokens=40, seed=5, ignore_eos=True)
+    start = len(free.text) // 2
+    stop = free.text[start : start + 2 * split + 1]
+    pieces = [c.text for c in llm.stream(PROMPT, max_tokens=40, seed=5, stop=[stop, "\x00"])]
+    assert "".join(pieces) == free.text[: free.text.index(stop)]
+    done = llm.generate(PROMPT, max_tokens=40, seed=5, stop=stop)
+    assert (done.text, done.finish_reason) == ("".join(pieces), "stop")
+
+
+def test_text_that_only_began_like_a_stop_string_is_shown(llm: cpuinfer.LLM) -> None:
+    free = llm.generate(PROMPT, max_tokens=25, seed=5, ignore_eos=True)
+    stop = free.text[-3:] + "\x00"
+    done = llm.generate(PROMPT, max_tokens=25, seed=5, ignore_eos=True, stop=stop)
+    assert (done.text, done.finish_reason) == (free.text, "length")
+
+
+def test_logprobs_are_the_models_own(llm: cpuinfer.LLM) -> None:
+    done = llm.generate(PROMPT, max_tokens=4, temperature=0, logprobs=3, ignore_eos=True)
+    ids = llm.tokenizer.encode(PROMPT) + list(done.token_ids)
+    logits = llm.logits(ids)[4:-1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert done.logprobs is not None and len(done.logprobs) == 4
+    for row, reported in zip(expected, done.logprobs, strict=True):
+        best = np.argsort(-row)[:3]
+        assert reported.token == best[0]
+        assert reported.logprob == pytest.approx(row[best[0]], abs=1e-6)
+        assert [value for _, value in reported.top] == pytest.approx(row[best], abs=1e-6)
+    assert llm.generate(PROMPT, max_tokens=1).logprobs is None
+
+
+def test_logits_are_of_every_position_and_start_afresh(llm: cpuinfer.LLM) -> None:
+    ids = llm.tokenizer.encode(PROMPT * 100)
+    assert len(ids) > 300  # more than the window, more than a chunk
+    logits = llm.logits(ids)
+    assert logits.shape == (len(ids), llm.config.vocab_size)
+    assert (llm.logits(ids[:7]) == logits[:7]).all()
+
+
+@pytest.mark.parametrize(("extra", "tokens"), [(1, 1), (3, 3)])
+def test_the_context_is_used_to_the_end(llm: cpuinfer.LLM, extra: int, tokens: int) -> None:
+    prompt = [5] * (llm.context_length - extra)
+    done = llm.generate(prompt, max_tokens=9, ignore_eos=True)
+    assert (done.completion_tokens, done.finish_reason) == (tokens, "length")
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_prompt_that_fills_the_context_is_refused(llm: cpuinfer.LLM, over: int) -> None:
+    with pytest.raises(ContextLengthExceeded, match=str(llm.context_length)):
+        llm.generate([5] * (llm.context_length + over))
+
+
+@pytest.mark.parametrize("prompt", [[-1], [10**6], [2**40]])
+def test_ids_outside_the_vocabulary_are_refused(llm: cpuinfer.LLM, prompt: list[int]) -> None:
+    with pytest.raises(ValueError, match="token"):
+        llm.generate(prompt)
+    assert llm.generate(PROMPT, max_tokens=1).completion_tokens == 1
+
+
+def test_two_threads_at_once_get_what_each_gets_alone(llm: cpuinfer.LLM) -> None:
+    seeds = [1, 2, 3]
+    alone = [llm.generate(PROMPT, max_tokens=30, seed=seed).token_ids for seed in seeds]
+    together: dict[int, tuple[int, ...]] = {}
+
+    def work(seed: int) -> None:
+        together[seed] = llm.generate(PROMPT, max_tokens=30, seed=seed).token_ids
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in seeds]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [together[seed] for seed in seeds] == alone
+
+
+def test_an_abandoned_stream_leaves_the_next_request_unharmed(llm: cpuinfer.LLM) -> None:
+    wanted = llm.generate(PROMPT, max_tokens=10, seed=1).token_ids
+    stream = llm.stream("The king", max_tokens=100, seed=2)
+    next(stream)
+    stream.close()
+    assert llm.generate(PROMPT, max_tokens=10, seed=1).token_ids == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"context_length": 1}, "context_length"),
+        ({"context_length": 10**9}, "context_length"),
+        ({"threads": 0}, "threads"),
+        ({"kv_type": "q9"}, "kv_type"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"template": "no such template"}, "template"),
+    ],
+)
+def test_bad_arguments_are_named(path: Path, arguments: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        cpuinfer.LLM(path, **arguments)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "memory_available", lambda: 10 << 20)
+    with pytest.raises(machine.NotEnoughMemory, match=r"MiB needed.*10.0 MiB available"):
+        cpuinfer.LLM(path)
