@@ -12,8 +12,8 @@ __all__ = ["LLM", "Chunk", "Completion", "ModelFormatError", "SamplingParams"]
 
 _ROOMS = {
     "LLM": "cpuinfer.llm",
-    "Chunk": "cpuinfer.llm",
-    "Completion": "cpuinfer.llm",
+    "Chunk": "cpuinfer.completion",
+    "Completion": "cpuinfer.completion",
     "ModelFormatError": "cpuinfer.gguf",
     "SamplingParams": "cpuinfer.sampling",
 }

@@ -73,7 +73,7 @@ def decode(
     model: Model, token: int, cache: KVCache, cancel: threading.Event | None = None
 ) -> Floats:
     """Append one token; the logits (V,) of what comes after it."""
-    (logits,) = model.forward([Span(np.array([token], np.int32), cache, 1)], cancel)
+    logits: Floats = model.forward([Span(np.array([token], np.int32), cache, 1)], cancel)[0]
     return logits
 
 

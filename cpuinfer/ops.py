@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numba
@@ -50,18 +50,31 @@ _NO_INTS = np.empty(0, np.int32)
 
 # --- the compute thread ---
 
-_compute = threading.RLock()
-_forked = threading.Event()
-os.register_at_fork(after_in_child=_forked.set)
+
+@dataclass
+class _Team:
+    """Numba's worker threads: a process has one set of them, for one caller at a time."""
+
+    threads: int = 1
+    forked: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def mark_forked(self) -> None:
+        self.forked = True
+
+
+_team = _Team()
+os.register_at_fork(after_in_child=_team.mark_forked)
 
 
 @contextmanager
 def computing(threads: int) -> Iterator[None]:
-    """Hold the kernels' threads: they serve one caller at a time, and not a forked child."""
-    if _forked.is_set():
+    """Hold the kernels' threads for a pass; RuntimeError in a forked child, which has none."""
+    if _team.forked:
         raise RuntimeError("the process was forked after cpuinfer was loaded: use spawn instead")
-    with _compute:
-        numba.set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+    with _team.lock:
+        _team.threads = min(threads, config.NUMBA_NUM_THREADS)
+        numba.set_num_threads(_team.threads)
         yield
 
 
@@ -112,7 +125,7 @@ def pack(tensor: QTensor) -> Weight:
         blocks = cols // tensor.qtype.block_size
         words = _aligned((groups, blocks, form.words, 16), np.dtype(np.uint32))
         halves = np.empty((groups, blocks if form.half is not None else 0, 16), np.uint16)
-        PACK_32(data, form.first_word, words, form.half or 0, halves, numba.get_num_threads())
+        PACK_32(data, form.first_word, words, form.half or 0, halves, _team.threads)
         return Weight(tensor.name, tensor.qtype, (rows, cols), words, halves, data[:0])
     if tensor.qtype in FLOAT:
         words, halves = _pack_floats(data, tensor.qtype, cols)
@@ -128,7 +141,7 @@ def _pack_floats(
     number = np.dtype(np.uint32 if qtype.block_bytes == 4 else np.uint16)
     words = _aligned((-(-len(data) // 16), 1, cols, 16), number)
     halves = np.empty((len(words), 0, 16), np.uint16)
-    FLOAT[qtype][0](data, 0, words, 0, halves, numba.get_num_threads())
+    FLOAT[qtype][0](data, 0, words, 0, halves, _team.threads)
     return words.reshape(len(words), cols, 1, 16), halves  # one column a block
 
 
@@ -156,7 +169,7 @@ def linear(x: Floats, *weights: Weight) -> list[Floats]:
             if kind not in quantized:
                 quantized[kind] = _quantize(x, *kind)
             out = np.empty((len(x), 16 * len(w.words)), np.float32)
-            matmul(*quantized[kind], w.words, w.halves, out, numba.get_num_threads())
+            matmul(*quantized[kind], w.words, w.halves, out, _team.threads)
         elif w.qtype in FLOAT:
             out = _float_matmul(x, FLOAT[w.qtype][1], w.words, w.halves)
         else:
@@ -172,7 +185,7 @@ def _quantize(
     blocks = x.size // 32
     q, d = np.empty(x.size, np.int8), np.empty(blocks, np.float32)
     corrections = np.empty(blocks * (2 if correction is Correction.HALF_OFFSETS else 1), np.int32)
-    QUANTIZE[correction](x, q, d, corrections, -offset, numba.get_num_threads())
+    QUANTIZE[correction](x, q, d, corrections, -offset, _team.threads)
     return q, d, corrections
 
 
@@ -187,7 +200,7 @@ def _float_matmul(
         words,
         halves,
         out,
-        numba.get_num_threads(),
+        _team.threads,
     )
     return out
 
@@ -219,14 +232,14 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     assert x.shape[1] == len(weight)
     out = np.empty_like(x)
     squares = np.empty(len(x), np.float32)
-    elementwise.RMS_NORM(x, weight, np.float32(eps), squares, out, numba.get_num_threads())
+    elementwise.RMS_NORM(x, weight, np.float32(eps), squares, out, _team.threads)
     return out
 
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> None:
     """Turn x (T, H, d) in place by the angles of cos, sin (T, rope_dim / 2)."""
     assert len(x) == len(cos) and 2 * cos.shape[1] <= x.shape[2]
-    elementwise.ROPE(x, cos, sin, numba.get_num_threads())
+    elementwise.ROPE(x, cos, sin, _team.threads)
 
 
 def silu_mul(gate: Floats, up: Floats) -> Floats:
@@ -236,9 +249,9 @@ def silu_mul(gate: Floats, up: Floats) -> Floats:
         filled = [np.zeros(-(-gate.size // 16) * 16, np.float32) for _ in range(2)]
         for flat, values in zip(filled, (gate, up), strict=True):
             flat[: gate.size] = values.reshape(-1)
-        elementwise.SILU_MUL(*filled, numba.get_num_threads())
+        elementwise.SILU_MUL(*filled, _team.threads)
         return filled[0][: gate.size].reshape(gate.shape)
-    elementwise.SILU_MUL(gate.reshape(-1), up.reshape(-1), numba.get_num_threads())
+    elementwise.SILU_MUL(gate.reshape(-1), up.reshape(-1), _team.threads)
     return gate
 
 
@@ -259,7 +272,7 @@ def attend(
     q, k, v = (_pad_heads(x) for x in (q, k, v))
     attention.APPEND[cache.kv_type](keys, k, cache.offset)
     attention.APPEND[cache.kv_type](values, v, cache.offset)
-    group, threads = q.shape[1] // k.shape[1], numba.get_num_threads()
+    group, threads = q.shape[1] // k.shape[1], _team.threads
     scores = np.empty((threads, group, padded(sees)), np.float32)
     out = np.empty_like(q)
     scale = np.float32(1.0 / np.sqrt(head_dim))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quant import FORMATS, dequantize
+from quant import FORMATS, dequantize, quantize
 from quant.ggml_types import GGMLType
 from quant.gguf_writer import Tensor, write_gguf
 
@@ -29,9 +29,7 @@ def random_rows(
     """Packed rows (rows, row_bytes) of random bits whose weights have variance 1 / cols."""
     if qtype.block_size == 1:
         numbers = rng.standard_normal((rows, cols), np.float32) / np.float32(np.sqrt(cols))
-        return (
-            FORMATS[qtype].quantize_blocks(numbers.reshape(-1, 1)).view(np.uint8).reshape(rows, -1)
-        )
+        return quantize(numbers, qtype)
     layout = FORMATS[qtype].LAYOUT
     blocks = rng.integers(0, 256, rows * qtype.row_bytes(cols), np.uint8).view(layout)
     scales = [name for name in ("d", "m", "dmin") if name in layout.names]
@@ -41,7 +39,8 @@ def random_rows(
     scale = 1.0 / (np.sqrt(cols) * float(np.sqrt(np.mean(sample**2))))
     for name in scales:
         blocks[name] = scale * rng.uniform(0.5, 1.5, len(blocks))
-    return blocks.view(np.uint8).reshape(rows, -1)
+    packed: npt.NDArray[np.uint8] = blocks.view(np.uint8).reshape(rows, -1)
+    return packed
 
 
 def vocabulary(size: int) -> dict[str, Any]:

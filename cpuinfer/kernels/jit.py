@@ -114,26 +114,24 @@ class Kernel:
     def __init__(self, function: Callable[..., Any], signature: Any, parallel: bool) -> None:
         self.name = function.__qualname__
         self.signature = signature
+        self._ready = False
         compiler = numba.njit(nogil=True, error_model="numpy", parallel=parallel)
-        self._dispatcher: Any = compiler(function)
+        self._dispatcher = compiler(function)
         if CACHE is not None:
-            self._dispatcher._cache = _TolerantCache(function)
+            # What numba's own cache=True sets, to its FunctionCache.
+            self._dispatcher._cache = _TolerantCache(function)  # type: ignore[attr-defined]
 
     def prepare(self) -> bool:
         """Make the machine code ready; True if it had to be compiled."""
-        if self.ready:
+        if self._ready:
             return False
         self._dispatcher.compile(self.signature)
         self._dispatcher.disable_compile()  # other types are a mistake, not a reason to compile
+        self._ready = True
         return not self._dispatcher.stats.cache_hits
 
-    @property
-    def ready(self) -> bool:
-        """Whether the machine code is in memory."""
-        return bool(self._dispatcher.signatures)
-
     def __call__(self, *arguments: Any) -> Any:
-        if not self.ready:
+        if not self._ready:
             self.prepare()
         return self._dispatcher(*arguments)
 

@@ -5,26 +5,58 @@ Packing moves whole units (32-bit words, or 16-bit numbers) and changes none.
 
 from typing import Any
 
+from llvmlite import ir
 from numba import prange, types
 
 from cpuinfer.kernels.jit import Kernel, kernel
-from cpuinfer.kernels.simd import I16, I32, Emitter, Value, emitted
+from cpuinfer.kernels.simd import I16, I32, I64, Emitter, Value, emitted
 
 
 def _write_move(kind: Any) -> Any:
-    def move(e: Emitter, source: Value, target: Value, count: Value, stride: Value) -> None:
-        """Copy `count` neighbours to addresses `stride` bytes apart."""
-        size = kind.width // 8
+    size = kind.width // 8
+
+    def move(e: Emitter, source: Value, target: Value, count: Value) -> None:
+        """Copy `count` neighbours to places 16 units apart."""
         with e.loop(count) as i:
             unit = e.load(e.at(source, i, size), kind, 1)
-            e.store(unit, e.b.add(target, e.b.mul(i, stride)), size)
+            e.store(unit, e.at(target, i, 16 * size), size)
 
     return move
 
 
+def _write_transpose(kind: Any) -> Any:
+    size = kind.width // 8
+    four = ir.VectorType(kind, 4)
+
+    def transpose(e: Emitter, source: Value, row_bytes: Value, target: Value, fours: Value) -> None:
+        """`move` for 16 rows at once and a count of 4 * `fours`: squares of 4 x 4 units."""
+        rows = [e.b.add(source, e.b.mul(row_bytes, ir.Constant(I64, r))) for r in range(16)]
+        with e.loop(fours) as i:
+            for first in range(0, 16, 4):
+                square = [e.load(e.at(rows[first + r], i, 4 * size), four, 1) for r in range(4)]
+                for unit, column in enumerate(_columns(e, square)):
+                    place = e.at(target, unit * 16 + first, size)
+                    e.store(column, e.at(place, i, 64 * size), size)
+
+    return transpose
+
+
+def _columns(e: Emitter, rows: list[Value]) -> list[Value]:
+    """The transpose of four vectors of four."""
+
+    def shuffle(x: Value, y: Value, *lanes: int) -> Value:
+        return e.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 4), list(lanes)))
+
+    a, b, c, d = rows
+    low, high = (0, 4, 1, 5), (2, 6, 3, 7)
+    halves = [(shuffle(a, b, *lanes), shuffle(c, d, *lanes)) for lanes in (low, high)]
+    return [shuffle(x, y, *lanes) for x, y in halves for lanes in ((0, 1, 4, 5), (2, 3, 6, 7))]
+
+
 def _packer(kind: Any, number: Any) -> Kernel:
     """The kernel that moves units of LLVM type `kind`, Numba's `number`."""
-    move_words, move_half = emitted(_write_move(kind)), emitted(_write_move(I16))
+    move, transpose = emitted(_write_move(kind)), emitted(_write_transpose(kind))
+    move_half = emitted(_write_move(I16))
     signature = types.void(
         types.Array(types.uint8, 2, "C", readonly=True),
         types.int64,
@@ -42,22 +74,30 @@ def _packer(kind: Any, number: Any) -> Kernel:
         fill up the last group are zeros.  `halves` has no blocks where the format has no half.
         """
         groups, blocks, count, _ = words.shape
-        block_bytes = rows.shape[1] // blocks
+        row_bytes = rows.shape[1]
+        unit = words.itemsize
         for thread in prange(threads):
             for g in range(thread * groups // threads, (thread + 1) * groups // threads):
-                if 16 * g + 16 > rows.shape[0]:
+                here = min(16, rows.shape[0] - 16 * g)
+                if here < 16:
                     words[g] = 0
                     halves[g] = 0
-                for r in range(min(16, rows.shape[0] - 16 * g)):
-                    source = rows.ctypes.data + (16 * g + r) * rows.shape[1]
-                    target = words.ctypes.data + g * words[0].nbytes + r * words.itemsize
-                    for b in range(blocks):
-                        move_words(source + first, target, count, 16 * words.itemsize)
+                fours = count // 4 if here == 16 else 0
+                source = rows.ctypes.data + 16 * g * row_bytes
+                target = words.ctypes.data + g * words[0].nbytes
+                half_target = halves.ctypes.data + g * halves[0].nbytes
+                for _ in range(blocks):
+                    transpose(source + first, row_bytes, target, fours)
+                    for r in range(here):
+                        row = source + r * row_bytes
+                        done = 4 * fours
+                        place = target + (16 * done + r) * unit
+                        move(row + first + done * unit, place, count - done)
                         if halves.shape[1]:
-                            place = halves.ctypes.data + ((g * blocks + b) * 16 + r) * 2
-                            move_half(source + half, place, 1, 2)
-                        source += block_bytes
-                        target += count * 16 * words.itemsize
+                            move_half(row + half, half_target + 2 * r, 1)
+                    source += row_bytes // blocks
+                    target += count * 16 * unit
+                    half_target += 32
 
     return pack
 

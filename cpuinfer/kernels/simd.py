@@ -198,7 +198,7 @@ class Emitter:
             self.store(self.b.fptrunc(x, ir.VectorType(ir.HalfType(), self.width)), address, 2)
 
     def float_to_half_bits(self, x: Value) -> Value:
-        """Rounding to half precision in integer arithmetic; NaN becomes infinity."""
+        """Rounding to half precision in integer arithmetic; NaN stays NaN."""
         b = self.b
         bits = b.bitcast(x, self.i32v)
         magnitude = self.and_(bits, 0x7FFFFFFF)
@@ -210,7 +210,9 @@ class Emitter:
         tiny = b.sub(b.bitcast(tiny, self.i32v), self.ints(126 << 23))
         small = b.icmp_unsigned("<", magnitude, self.ints(113 << 23))
         large = b.icmp_unsigned(">=", magnitude, self.ints(0x477FF000))
-        half = b.select(large, self.ints(0x7C00), b.select(small, tiny, normal))
+        nan = b.icmp_unsigned(">", magnitude, self.ints(0x7F800000))
+        special = b.select(nan, self.ints(0x7E00), self.ints(0x7C00))
+        half = b.select(large, special, b.select(small, tiny, normal))
         return b.or_(half, self.and_(self.shift_right(bits, 16), 0x8000))
 
     def repeat_words(self, address: Value) -> Vectors:

@@ -137,6 +137,8 @@ class Llama:
             nonlocal done
             weight = ops.pack(tensors[name])
             done += tensors[name].data.nbytes
+            if weight.rows.size == 0:
+                tensors[name].release()
             if progress is not None:
                 progress(done, total)
             return weight
@@ -175,6 +177,8 @@ class Llama:
         for span in spans:
             if not 1 <= len(span.tokens) <= self.chunk:
                 raise ValueError(f"a pass takes 1 to {self.chunk} tokens, got {len(span.tokens)}")
+            if not 0 <= span.n_logits <= len(span.tokens):
+                raise ValueError(f"logits of {span.n_logits} of {len(span.tokens)} tokens")
         with ops.computing(self.threads):
             x = ops.embed(
                 np.concatenate([span.tokens for span in spans]), self.token_embd

@@ -13,9 +13,9 @@ import numpy as np
 
 from cpuinfer.gguf import GGUFFile
 from cpuinfer.tokenizer.spm import TokenType, Vocabulary, encoder
-from cpuinfer.tokenizer.stream import StreamDecoder
+from cpuinfer.tokenizer.stream import StopStrings, StreamDecoder
 
-__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["StopStrings", "StreamDecoder", "Tokenizer", "load_tokenizer"]
 
 _SUPPORTED = ("llama",)
 

@@ -1,7 +1,7 @@
-"""Ids -> text, one id at a time: only whole characters, and every space once."""
+"""Ids -> text, one id at a time: only whole characters, every space once, no stop string."""
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,3 +41,35 @@ class StreamDecoder:
             self._strip_space = False
             data = data.removeprefix(b" ")
         return self._characters.decode(data)
+
+
+class StopStrings:
+    """Holds text back as long as its end may be the beginning of a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """What is safe to show. A complete stop string sets `found` and is not shown."""
+        self._held += text
+        places = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        if places:
+            self.found = True
+            shown, self._held = self._held[: min(places)[0]], ""
+            return shown
+        longest = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if self._ends_with(stop[:n])),
+            default=0,
+        )
+        cut = len(self._held) - longest
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def finish(self) -> str:
+        """The rest: it can no longer become a stop string."""
+        return self._held
+
+    def _ends_with(self, beginning: str) -> bool:
+        return self._held.endswith(beginning)

@@ -1,0 +1,93 @@
+"""What `cpuinfer doctor` says of this computer: what decides how fast a model runs here."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from cpuinfer import __version__, machine, ops
+from cpuinfer.kernels import jit
+from cpuinfer.kernels.elementwise import RMS_NORM
+from cpuinfer.llm import Progress, prepare_kernels
+
+Report = dict[str, Any]
+
+_PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece")
+
+_REMEDY = {
+    "linux": "install libgomp (apt install libgomp1, dnf install libgomp)",
+    "darwin": "install libomp (brew install libomp)",
+    "win32": "install the Visual C++ runtime, which has OpenMP",
+}
+
+
+def examine(on_progress: Progress) -> Report:
+    """The facts, and `warnings` about what could be better; measures for about a second, and one
+    kernel may have to be compiled."""
+    threads, reason = machine.threads()
+    prepare_kernels([RMS_NORM], on_progress)
+    layer = threading_layer(threads)
+    warnings = []
+    if layer == "workqueue":
+        remedy = _REMEDY.get(sys.platform, "install OpenMP")
+        warnings.append(f"numba has its plainest threading layer only (workqueue): {remedy}")
+    kept = machine.cache_directory()
+    if kept.warning is not None:
+        warnings.append(kept.warning)
+    return {
+        "cpuinfer": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": machine.cpu_model(),
+        "instruction_set": machine.instruction_set(),
+        "supported_instruction_sets": machine.supported_instruction_sets(),
+        "threads": threads,
+        "threads_reason": reason,
+        "threading_layer": layer,
+        "memory_available": machine.memory_available(),
+        "bandwidth": round(machine.read_bandwidth(threads), 2),
+        "cache_directory": None if jit.CACHE is None else str(jit.CACHE),
+        "cached_kernels": 0 if jit.CACHE is None else _compiled(jit.CACHE),
+        "warnings": warnings,
+    }
+
+
+def text(report: Report) -> Iterator[str]:
+    """The report for people, a line for each fact."""
+    packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
+    supported = ", ".join(report["supported_instruction_sets"])
+    cache = report["cache_directory"]
+    facts = {
+        "cpuinfer": f"{report['cpuinfer']}, Python {report['python']}, {packages}",
+        "system": report["system"],
+        "cpu": report["cpu"],
+        "instructions": f"{report['instruction_set']} (this CPU runs: {supported})",
+        "threads": f"{report['threads']} ({report['threads_reason']})",
+        "threading": f"{report['threading_layer']} (numba's threading layer)",
+        "memory": f"{machine.format_bytes(report['memory_available'])} available",
+        "bandwidth": f"{report['bandwidth']:.1f} GB/s read by {report['threads']} threads",
+        "kernels": "kept nowhere"
+        if cache is None
+        else f"{report['cached_kernels']} compiled ones kept in {cache}",
+    }
+    for name, fact in facts.items():
+        yield f"{name:<14}{fact}"
+    for warning in report["warnings"]:
+        yield f"{'warning':<14}{warning}"
+
+
+def threading_layer(threads: int) -> str:
+    """The threading layer numba chooses here; it tells only once a parallel kernel has run."""
+    with ops.computing(threads):
+        ops.rms_norm(np.ones((1, 16), np.float32), np.ones(16, np.float32), 1e-5)
+    return str(numba.threading_layer())  # type: ignore[attr-defined]
+
+
+def _compiled(directory: Path) -> int:
+    return len(list(directory.rglob("*.nbc")))

@@ -1,0 +1,281 @@
+"""What the commands accept on their command lines.
+
+Options that are not given stay out of the result, so that every default lives in one place: in
+SamplingParams, in LLM. Rooms that take long to import are imported for the command that is asked
+for, never for `cpuinfer --help`.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from cpuinfer import __version__
+from cpuinfer.gguf_errors import escape
+
+BUNDLED = "a small model that comes with cpuinfer"
+FIRST_PROMPT = "Once upon a time"
+
+_EXIT_CODES = """\
+exit codes: 0 done, 2 usage or a value out of range, 65 a model file that cannot be used,
+66 no such input, 74 reading or writing failed, 75 not enough memory now, 130/143 interrupted"""
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {escape(message)} (see {self.prog} --help)\n")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command; `command` is its name. SystemExit for --help and for errors."""
+    parser = Parser(
+        prog="cpuinfer",
+        description="Run quantized language models (GGUF files) on a CPU.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"cpuinfer {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (add_options, summary, description) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {description}",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        if name == chosen:
+            add_options(command)
+    return parser.parse_args(argv)
+
+
+def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters of SamplingParams that were given; ValueError where one is out of range."""
+    from cpuinfer.sampling import SamplingParams
+
+    params = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(SamplingParams)
+        if hasattr(arguments, field.name)
+    }
+    if "logit_bias" in params:
+        params["logit_bias"] = dict(params["logit_bias"])
+    SamplingParams(**params)
+    return params
+
+
+def loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters of LLM that were given, except for the model."""
+    names = ("context_length", "threads", "sliding_window", "kv_type", "template")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+# Groups of options
+
+
+def _add_model(parser: argparse.ArgumentParser, without: str) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=None,
+        help=f"a GGUF file; of a split model, any part (default: {without})",
+    )
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the model in memory")
+    _add_context(group)
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to compute with (default: the cores this process may use)",
+    )
+
+
+def _add_context(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--context-length",
+        type=int,
+        metavar="N",
+        help="positions for prompt and text (default: as trained, or fewer where memory is short)",
+    )
+    group.add_argument(
+        "--sliding-window",
+        type=_window,
+        metavar="N|off|auto",
+        help="keys that each position sees (default: auto, what the model was trained with)",
+    )
+    _add_kv_type(group)
+
+
+def _add_kv_type(group: argparse._ActionsContainer) -> None:
+    from cpuinfer.cache import DTYPES
+
+    group.add_argument(
+        "--kv-type",
+        choices=tuple(DTYPES),
+        default="f16",
+        help="type of cached keys and values (default: %(default)s)",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    from cpuinfer.sampling import SamplingParams
+
+    group = parser.add_argument_group("choosing tokens")
+
+    def add(*flags: str, type: Callable[[str], Any], metavar: str, help: str) -> None:
+        default = getattr(SamplingParams, flags[-1].removeprefix("--").replace("-", "_"))
+        group.add_argument(
+            *flags, type=type, metavar=metavar, help=f"{help} (default: {default:g})"
+        )
+
+    add("-n", "--max-tokens", type=int, metavar="N", help="tokens to write at most")
+    add("--temperature", type=float, metavar="T", help="0 takes the likeliest token always")
+    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens; 0: all")
+    add("--top-p", type=float, metavar="P", help="among the likeliest that hold P together; 1: all")
+    add("--min-p", type=float, metavar="P", help="among those P times as likely as the likeliest")
+    add("--typical-p", type=float, metavar="P", help="among the most typical that hold P; 1: all")
+    add("--repeat-penalty", type=float, metavar="R", help="divides recent tokens' logits; 1: off")
+    add("--repeat-last-n", type=int, metavar="N", help="tokens that count as recent; -1: all")
+    add("--frequency-penalty", type=float, metavar="F", help="taken off for each recent occurrence")
+    add("--presence-penalty", type=float, metavar="F", help="taken off once for a recent token")
+    group.add_argument(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        metavar="ID=BIAS",
+        help="added to the logit of token ID, -inf forbids it; may be repeated",
+    )
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="the same text every time (default: a new one)"
+    )
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="go on where the model would end the text"
+    )
+
+
+def _window(text: str) -> int | str:
+    return text if text in ("auto", "off") else int(text)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)
+
+
+# argparse names the function in its message: "invalid number, off or auto value: 'on'"
+_window.__name__ = "number, off or auto"
+_bias.__name__ = "ID=BIAS"
+
+
+# Commands
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, BUNDLED)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument(
+        "-f", "--file", metavar="FILE", help="a file with the text to continue; -: standard input"
+    )
+    _add_sampling(parser)
+    _add_loading(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        default=False,
+        help="print one JSON document when done, with the continuation alone",
+    )
+    output.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: log-probabilities of each token and of the N likeliest",
+    )
+    _add_stats(output)
+
+
+def _add_stats(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--stats",
+        action="store_true",
+        default=False,
+        help="speed, memory and the context in use, on standard error",
+    )
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, BUNDLED)
+    parser.add_argument(
+        "--system", metavar="TEXT", default=None, help="instructions ahead of the conversation"
+    )
+    parser.add_argument(
+        "--template",
+        metavar="NAME|FILE",
+        help="a built-in chat template or a Jinja file (default: the model file's own)",
+    )
+    _add_sampling(parser)
+    _add_loading(parser)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a GGUF file; of a split model, any part")
+    parser.add_argument(
+        "--tensors", action="store_true", default=False, help="list every tensor as well"
+    )
+    _add_json(parser)
+    _add_context(parser.add_argument_group("what the memory needed is reckoned for"))
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser)
+
+
+def _add_warmup(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "the kernels of the most common types")
+    _add_kv_type(parser)
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", default=False, help="print one JSON document instead"
+    )
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] = {
+    "generate": (
+        _add_generate,
+        "continue a text",
+        "The text comes from -p, -f or a pipe (less one line feed at its end) and is printed with "
+        f"its continuation. With nothing of these the bundled model continues {FIRST_PROMPT!r}.",
+    ),
+    "chat": (
+        _add_chat,
+        "talk with a model",
+        "Ctrl-C stops a reply, or leaves when typed instead of a message; Ctrl-D leaves. What is "
+        "piped in is one message, answered once.",
+    ),
+    "inspect": (
+        _add_inspect,
+        "show what a model file holds and the memory it needs",
+        "Works for models that cpuinfer cannot run, too, and says why it cannot.",
+    ),
+    "doctor": (_add_doctor, "show what this computer offers, and what to improve", ""),
+    "warmup": (
+        _add_warmup,
+        "compile the kernels now, so that no later start has to wait",
+        "Compiled kernels are kept in the user's cache directory.",
+    ),
+}

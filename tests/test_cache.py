@@ -1,0 +1,123 @@
+"""cache.py: the ring's arithmetic, its size, what a reset forgets."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import TINY
+from numpy.typing import NDArray
+
+from cpuinfer import ops
+from cpuinfer.cache import KVCache, cache_bytes, padded
+from cpuinfer.models.llama import capacity
+
+
+def rows(first: int, count: int, head_dim: int = 16) -> NDArray[np.float32]:
+    """(count, 2, head_dim): every number is its position, in the second head negative."""
+    positions = np.arange(first, first + count, dtype=np.float32)
+    return np.stack([positions, -positions], axis=1)[:, :, None].repeat(head_dim, axis=2)
+
+
+def write(cache: KVCache, count: int, layer: int = 0, window: int = 5) -> None:
+    """Positions offset, offset + 1, ... as keys, and as values with 1000 added."""
+    new = rows(cache.offset, count)
+    ops.attend(np.zeros_like(new), new, new + 1000, cache, layer, window)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+def test_position_p_lies_in_slot_p_modulo_capacity(kv_type: str) -> None:
+    cache = KVCache(2, 2, 16, 8, kv_type)
+    number = np.float16 if kv_type == "f16" else np.float32
+    for count in (1, 3, 4, 2, 4, 4, 1, 4):
+        write(cache, count, layer=1)
+        cache.advance(count)
+    kept = range(cache.offset - 8, cache.offset)
+    for position in kept:
+        key = cache.keys[1, :, position % 8].view(number)
+        value = cache.values[1, :, position % 8].view(number)
+        np.testing.assert_array_equal(key, rows(position, 1)[0])
+        np.testing.assert_array_equal(value, rows(position, 1)[0] + 1000)
+    assert not cache.keys[0].any()
+
+
+def test_the_offset_moves_by_advance_alone() -> None:
+    cache = KVCache(2, 2, 16, 8)
+    write(cache, 3)
+    write(cache, 3, layer=1)
+    assert cache.offset == 0
+    cache.advance(3)
+    assert cache.offset == 3
+
+
+@pytest.mark.parametrize(
+    ("window", "offset", "tokens", "fits"),
+    [
+        (5, 0, 8, True),  # the ring is exactly full
+        (5, 0, 9, False),
+        (5, 4, 4, True),  # around the end: what the first token needs is kept
+        (5, 100, 4, True),
+        (5, 100, 5, False),
+        (8, 100, 1, True),
+        (8, 100, 2, False),
+        (None, 0, 8, True),
+        (None, 7, 1, True),
+        (None, 8, 1, False),
+        (None, 3, 6, False),
+    ],
+)
+def test_a_key_still_needed_is_never_overwritten(
+    window: int | None, offset: int, tokens: int, fits: bool
+) -> None:
+    cache = KVCache(1, 2, 16, 8)
+    cache.offset = offset
+    new = rows(1, tokens)
+    if fits:
+        assert ops.attend(new, new, new, cache, 0, window).shape == new.shape
+        return
+    with pytest.raises(ValueError, match="overrun a cache of 8"):
+        ops.attend(new, new, new, cache, 0, window)
+    assert not cache.keys.any()
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("head_dim", [16, 20, 128])
+def test_size_is_known_before_and_never_changes(kv_type: str, head_dim: int) -> None:
+    cache = KVCache(3, 2, head_dim, 12, kv_type)
+    size = 2 * 3 * 2 * 12 * padded(head_dim) * (2 if kv_type == "f16" else 4)
+    assert cache.capacity == 12
+    assert cache.nbytes == cache.keys.nbytes + cache.values.nbytes == size
+    assert cache_bytes(3, 2, head_dim, 12, kv_type) == size
+    new = np.ones((4, 2, head_dim), np.float32)
+    keys = cache.keys
+    for _ in range(20):
+        ops.attend(new, new, new, cache, 0, 5)
+        cache.advance(4)
+    assert cache.keys is keys
+    assert cache.nbytes == size
+
+
+def test_mistral_7b_takes_the_bytes_of_its_paper() -> None:
+    """128 KiB a position in half precision (arXiv 2310.06825: 32 layers, 8 heads of 128)."""
+    assert cache_bytes(32, 8, 128, 4096, "f16") == 512 * 2**20
+    assert cache_bytes(32, 8, 128, 4096, "f32") == 2**30
+
+
+def test_reset_forgets_the_sequence_and_keeps_the_memory() -> None:
+    cache = KVCache(1, 2, 16, 8, "f32")
+    write(cache, 4)
+    cache.advance(4)
+    keys = cache.keys
+    cache.reset()
+    assert cache.offset == 0
+    assert cache.keys is keys
+    new = rows(7, 1)
+    out = ops.attend(new, new, new, cache, 0, 5)
+    np.testing.assert_allclose(out, new, rtol=1e-6)  # it sees itself alone
+
+
+def test_capacity_is_what_window_and_chunk_need() -> None:
+    windowed = replace(TINY, sliding_window=24)
+    assert capacity(windowed, chunk=1, context_length=128) == 24
+    assert capacity(windowed, chunk=10, context_length=128) == 33
+    assert capacity(windowed, chunk=10, context_length=30) == 30
+    assert capacity(TINY, chunk=10, context_length=128) == 128
