@@ -1,7 +1,8 @@
 """What `cpuinfer inspect` says of a model file: as a document for programs and as text for people.
 
 The file need not be one that runs here: a vocabulary alone or another architecture is described
-too, with the reason why it does not run. Text from the file is printed escaped.
+too, with the reason why it does not run. Text from the file is printed escaped; keys and the names
+of tensors are printable, or the file would have been refused.
 """
 
 import json
@@ -89,11 +90,11 @@ def text(file: GGUFFile, report: Report, list_tensors: bool) -> Iterator[str]:
         yield ""
         yield from _columns(_kind_rows(report["kinds"]), right=(2, 3, 4))
     yield ""
-    yield from _columns((escape(key), _shown(value)) for key, value in file.metadata.items())
+    yield from _columns((key, _shown(value)) for key, value in file.metadata.items())
     if list_tensors:
         yield ""
         rows = [
-            (escape(t["name"]), t["type"], _sizes(t["shape"]), machine.format_bytes(t["bytes"]))
+            (t["name"], t["type"], _sizes(t["shape"]), machine.format_bytes(t["bytes"]))
             for t in report["tensors"]
         ]
         yield from _columns([("tensor", "type", "shape", "size"), *rows], right=(3,))
@@ -200,7 +201,7 @@ def _kind_rows(kinds: list[Report]) -> Iterator[tuple[str, ...]]:
         total = by_type.setdefault(group["type"], {"tensors": 0, "parameters": 0, "bytes": 0})
         for key in total:
             total[key] += group[key]
-        yield escape(group["kind"]), *_amounts(group["type"], group)
+        yield group["kind"], *_amounts(group["type"], group)
     for qtype, total in by_type.items():
         yield "together", *_amounts(qtype, total)
 

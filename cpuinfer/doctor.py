@@ -90,4 +90,5 @@ def threading_layer(threads: int) -> str:
 
 
 def _compiled(directory: Path) -> int:
-    return len(list(directory.rglob("*.nbc")))
+    """Kernels in the cache; it may hold them for this program at several places."""
+    return len({file.name for file in directory.rglob("*.nbc")})

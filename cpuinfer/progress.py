@@ -94,8 +94,8 @@ class Progress:
 
     def _write(self, line: str) -> None:
         if line or self._shown:
-            # The line, blanks over what is left of the last one, and back.
-            self._stream.write(f"\r{line:<{self._shown}}" + "\r" * (not line))
+            # The line, blanks over what is left of the last one and of a Ctrl-C ("^C"), and back.
+            self._stream.write(f"\r{line:<{self._shown + 2}}" + "\r" * (not line))
             self._stream.flush()
             self._shown = len(line)
 

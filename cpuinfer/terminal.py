@@ -1,9 +1,11 @@
 """The chat in a terminal: a line is read, the reply is streamed, and both are remembered."""
 
+import io
 import itertools
 import sys
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
+from importlib import import_module
 from typing import Any
 
 from cpuinfer.generate import ContextLengthExceeded
@@ -71,6 +73,10 @@ class Conversation:
 def chat(conversation: Conversation) -> None:
     """Messages from the terminal until its end (Ctrl-D); KeyboardInterrupt where Ctrl-C is typed
     instead of a message."""
+    with suppress(ImportError):  # input() edits lines and remembers them where this is loaded
+        import_module("readline")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = _read_line()

@@ -58,12 +58,14 @@ def child(
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
         "timeout": 300,
+        "env": environment(),
     }
     return subprocess.run(command, **{**usual, **options})
 
 
 def environment(**names: str) -> dict[str, str]:
-    """This process's, with changes."""
+    """This process's, with changes, and with output buffered as it is for users."""
+    names.setdefault("PYTHONUNBUFFERED", "")
     return {**os.environ, **names}
 
 

@@ -257,7 +257,7 @@ def test_R13_a_signal_while_text_is_written(sent: signal.Signals, code: int) -> 
     warm()
     argv = [sys.executable, "-m", "cpuinfer", "generate", "-p", PROMPT, "-n", "2000"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*argv, "--ignore-eos"], **pipes) as process:
+    with subprocess.Popen([*argv, "--ignore-eos"], env=environment(), **pipes) as process:
         assert process.stdout is not None
         start = process.stdout.read(len(PROMPT))
         process.send_signal(sent)
@@ -273,7 +273,7 @@ def test_T28_a_reader_that_leaves() -> None:
     warm()
     argv = [sys.executable, "-m", "cpuinfer", "generate", "-p", PROMPT, "-n", "500"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*argv, "--ignore-eos"], **pipes) as process:
+    with subprocess.Popen([*argv, "--ignore-eos"], env=environment(), **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)
         process.stdout.close()
@@ -343,13 +343,15 @@ def test_R07_a_damaged_cache_is_made_anew(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     expected = run(capsys, "generate", "-p", PROMPT, "-n", "5", "--seed", "1")
-    (file,) = cached_kernels(tmp_path).rglob(f"*rms_norm*.{suffix}")
-    damaged = damage(file.read_bytes())
-    file.write_bytes(damaged)
+    # Copies of this repository in other places have files of their own there.
+    files = list(cached_kernels(tmp_path).rglob(f"*rms_norm*.{suffix}"))
+    damaged = damage(files[0].read_bytes())
+    for file in files:
+        file.write_bytes(damaged)
     argv = ["generate", "-p", PROMPT, "-n", "5", "--seed", "1"]
     done = child(*argv, env=environment(XDG_CACHE_HOME=str(tmp_path)))
     assert (done.returncode, done.stdout.decode()) == (0, expected.out), done.stderr
-    assert file.read_bytes() != damaged
+    assert any(file.read_bytes() != damaged for file in files)
     done = child("warmup", DEMO, "--json", env=environment(XDG_CACHE_HOME=str(tmp_path)))
     assert json.loads(done.stdout)["compiled"] == 0
 
@@ -362,7 +364,7 @@ def test_R05_no_place_for_a_cache(name: str, tmp_path: Path) -> None:
     )
     document = json.loads(done.stdout)
     assert done.returncode == 0 and document["cache_directory"] is None
-    assert done.stderr.count(b"\n") == 1 and b"cpuinfer: " in done.stderr
+    assert done.stderr.count(b"kernels are compiled anew at every start") == 1
     assert len(document["warnings"]) == 1 and str(tmp_path) in document["warnings"][0]
 
 
@@ -373,7 +375,7 @@ def test_R06_a_cache_that_others_can_write_is_not_used(tmp_path: Path) -> None:
     done = child("doctor", "--json", env=environment(XDG_CACHE_HOME=str(tmp_path)))
     document = json.loads(done.stdout)
     assert done.returncode == 0 and document["cache_directory"] is None
-    assert b"777" in done.stderr and done.stderr.count(b"\n") == 1
+    assert done.stderr.count(b"(mode 777)") == 1
     assert not any(directory.iterdir())
 
 

@@ -1,10 +1,16 @@
 """What a conversation remembers."""
 
 import io
+import os
+import select
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from command import environment, warm
 
 from cpuinfer.completion import Chunk, Stream
 from cpuinfer.generate import ContextLengthExceeded
@@ -98,3 +104,43 @@ def test_a_message_that_is_too_long_does_not_end_the_chat(
     out, err = capsys.readouterr()
     assert out == "\nYes.\n\n"
     assert "50 tokens" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_in_a_real_terminal(tmp_path: Path) -> None:
+    warm()
+    template = tmp_path / "story.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    ours, theirs = os.openpty()
+    script = (
+        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        "from cpuinfer.cli import main; sys.exit(main())"
+    )
+    argv = [sys.executable, "-c", script, "chat", "--template", str(template)]
+    process = subprocess.Popen(
+        [*argv, "-n", "1900", "--ignore-eos"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,  # so that the terminal can become its own, and send it Ctrl-C
+        env=environment(TERM="dumb"),
+    )
+    os.close(theirs)
+
+    def read_until(words: bytes) -> bytes:
+        seen = b""
+        while words not in seen:
+            assert select.select([ours], [], [], 60)[0], seen
+            seen += os.read(ours, 1000)
+        return seen
+
+    with process:
+        assert b"demo.gguf: context 2048" in read_until(b"\n> ")
+        os.write(ours, b"Once \xff upon\n")
+        read_until(b"\n")  # the echo
+        read_until(b" ")  # of the reply
+        os.write(ours, b"\x03")
+        read_until(b"\n> ")
+        os.write(ours, b"\x03")
+        assert process.wait(timeout=60) == 130
+    os.close(ours)
