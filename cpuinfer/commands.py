@@ -40,6 +40,8 @@ def generate(arguments: Namespace) -> None:
     prompt = _prompt(arguments)
     progress = Progress(sys.stderr)
     llm = _load(arguments, progress)
+    if sys.stderr.isatty() and not arguments.stats:
+        note(_setup(llm))
     with closing(llm.stream(prompt, **params)) as stream:
         with progress:
             first = next(stream)
@@ -111,8 +113,7 @@ def doctor(arguments: Namespace) -> None:
     """Show what this computer offers."""
     from cpuinfer import doctor
 
-    with Progress(sys.stderr) as progress:
-        report = doctor.examine(progress)
+    report = doctor.examine()
     if arguments.json:
         _print_json(report)
     else:

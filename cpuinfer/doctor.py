@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
 
-from cpuinfer import __version__, machine, ops
+from cpuinfer import __version__, machine
 from cpuinfer.kernels import jit
-from cpuinfer.kernels.elementwise import RMS_NORM
-from cpuinfer.llm import Progress, prepare_kernels
+from cpuinfer.team import computing
 
 Report = dict[str, Any]
 
@@ -26,11 +24,9 @@ _REMEDY = {
 }
 
 
-def examine(on_progress: Progress) -> Report:
-    """The facts, and `warnings` about what could be better; measures for about a second, and one
-    kernel may have to be compiled."""
+def examine() -> Report:
+    """The facts, and `warnings` about what could be better; measures for about a second."""
     threads, reason = machine.threads()
-    prepare_kernels([RMS_NORM], on_progress)
     layer = threading_layer(threads)
     warnings = []
     if layer == "workqueue":
@@ -83,9 +79,9 @@ def text(report: Report) -> Iterator[str]:
 
 
 def threading_layer(threads: int) -> str:
-    """The threading layer numba chooses here; it tells only once a parallel kernel has run."""
-    with ops.computing(threads):
-        ops.rms_norm(np.ones((1, 16), np.float32), np.ones(16, np.float32), 1e-5)
+    """The threading layer numba chooses here; it tells only once its threads have been started."""
+    with computing(threads):
+        pass
     return str(numba.threading_layer())  # type: ignore[attr-defined]
 
 

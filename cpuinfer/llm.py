@@ -16,7 +16,7 @@ from cpuinfer.cache import KVCache
 from cpuinfer.completion import Chunk, Completion, Stream, Timings, TokenLogprob
 from cpuinfer.config import ModelConfig, SlidingWindow
 from cpuinfer.generate import Generation
-from cpuinfer.gguf import GGUFFile, escape, open_gguf
+from cpuinfer.gguf import GGUFFile, ModelFormatError, escape, open_gguf
 from cpuinfer.kernels.jit import Kernel
 from cpuinfer.models import ARCHITECTURES
 from cpuinfer.models.llama import check_tensors
@@ -55,6 +55,8 @@ class LLM:
         _check_arguments(threads, kv_type)
         self.path = Path(model)
         self.file = open_gguf(self.path)
+        if not self.file.tensors:
+            raise ModelFormatError(self.path, "tensors", None, "there are none, only metadata")
         self.config = ModelConfig.from_gguf(self.file, sliding_window)
         self.tokenizer: Tokenizer = load_tokenizer(self.file)
         self.kv_type = kv_type

@@ -1,6 +1,8 @@
 """What several test files share: the shared test material, random blocks, tiny Llama models."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before the libraries that read them are loaded: on cores that others use too, threads that spin
@@ -18,9 +20,9 @@ from numpy.typing import NDArray
 from cpuinfer.config import ModelConfig
 from cpuinfer.gguf import open_gguf
 from cpuinfer.models.llama import Llama
-from quant import FORMATS, quantize
 from quant.ggml_types import GGMLType
 from quant.gguf_writer import write_gguf
+from tools import random_model
 
 #: Test material made by others; it lies beside the repository, not in it.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -61,20 +63,8 @@ def dequantized(packed: NDArray[np.uint8], qtype: GGMLType) -> NDArray[np.float6
 def random_rows(
     qtype: GGMLType, rows: int, cols: int, spread: float = 1.0, seed: int = 0
 ) -> NDArray[np.uint8]:
-    """Packed rows of weights about `spread` large: block formats have random bits everywhere but
-    in their scales, which are finite and of either sign."""
-    rng = np.random.default_rng(seed)
-    layout = FORMATS[qtype].LAYOUT
-    if layout.names is None:
-        return quantize(rng.normal(0, spread, (rows, cols)).astype(np.float32), qtype)
-    packed = rng.integers(0, 256, rows * qtype.row_bytes(cols), np.uint8).view(layout)
-    scales = sorted({"d", "m", "dmin"} & set(layout.names))
-    for name in scales:
-        packed[name] = 1
-    one = dequantized(packed.view(np.uint8).reshape(rows, -1), qtype)
-    for name in scales:
-        packed[name] = rng.normal(0, spread / np.sqrt(np.mean(one**2)), len(packed))
-    return packed.view(np.uint8).reshape(rows, -1)
+    """Packed rows of random weights about `spread` large."""
+    return random_model.random_rows(np.random.default_rng(seed), qtype, rows, cols, spread)
 
 
 def llama_metadata(config: ModelConfig) -> dict[str, int | float | str]:
@@ -144,3 +134,24 @@ def load_llama(
     write_gguf(path, llama_metadata(config), tensors)
     file = open_gguf(path)
     return Llama(file, ModelConfig.from_gguf(file), kv_type, threads, chunk=chunk)
+
+
+def start_python(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """A Python process that finds the package, the tools and the test files."""
+    tests = Path(__file__).parent
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tests,
+        env=os.environ | {"PYTHONPATH": str(tests.parent)} | environment,
+    )
+
+
+def run_python(script: str, *arguments: object, **environment: str) -> str:
+    """What a script prints; it must succeed."""
+    with start_python("-c", script, *arguments, **environment) as child:
+        output, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, output
+    return output

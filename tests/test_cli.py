@@ -214,7 +214,7 @@ def test_memory_that_runs_out_while_loading(
     def pack(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(ops, "pack", pack)
+    monkeypatch.setattr("cpuinfer.models.llama.pack", pack)
     assert_refused(run(capsys, "generate", "-p", "x"), 75, "not enough memory")
 
 

@@ -3,17 +3,14 @@
 A set is chosen for a process, by CPUINFER_ISA; so each has its processes here.
 """
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from conftest import run_python, start_python
 
 from cpuinfer import machine
 
-TESTS = Path(__file__).parent
 SETS = machine.supported_instruction_sets()
 
 LOGITS = """
@@ -45,22 +42,11 @@ for qtype, output, kv_type in (
 """
 
 
-def start(isa: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=TESTS,
-        env=os.environ | {"CPUINFER_ISA": isa},
-    )
-
-
 @pytest.fixture(scope="module")
 def kernel_tests() -> Iterator[dict[str, subprocess.Popen[str]]]:
     """test_kernels.py under way for all sets but the best, which this process itself tests."""
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_kernels.py")
-    children = {isa: start(isa, *command) for isa in SETS[1:]}
+    children = {isa: start_python(*command, CPUINFER_ISA=isa) for isa in SETS[1:]}
     yield children
     for child in children.values():
         child.kill()
@@ -79,13 +65,14 @@ def test_all_sets_compute_the_same_bits(
     """Attention and the norms in single precision included."""
     found = {}
     for isa in SETS:
-        output, _ = start(isa, "-c", LOGITS).communicate(timeout=900)
-        used, *found[isa] = output.splitlines()
-        assert used == isa, output
-        assert len(found[isa]) == 6, output
+        used, *found[isa] = run_python(LOGITS, CPUINFER_ISA=isa).splitlines()
+        assert used == isa
+        assert len(found[isa]) == 6
     assert all(lines == found[SETS[0]] for lines in found.values()), found
 
 
 def test_an_unknown_set_is_refused_by_name() -> None:
-    output, _ = start("sse9", "-c", "import cpuinfer.ops").communicate(timeout=60)
+    with start_python("-c", "import cpuinfer.ops", CPUINFER_ISA="sse9") as child:
+        output, _ = child.communicate(timeout=60)
+    assert child.returncode != 0
     assert f"CPUINFER_ISA is 'sse9', this CPU runs: {', '.join(SETS)}" in output

@@ -13,7 +13,7 @@ import reference
 from conftest import dequantized, random_rows
 from numpy.typing import NDArray
 
-from cpuinfer import ops
+from cpuinfer import ops, team, weights
 from cpuinfer.cache import KVCache
 from cpuinfer.gguf import QTensor
 from quant import FORMATS
@@ -32,12 +32,12 @@ every_kv_type = pytest.mark.parametrize("kv_type", ["f16", "f32"])
 every_count_of_threads = pytest.mark.parametrize("threads", [1, 2, 3])
 
 
-def weight(packed: NDArray[np.uint8], qtype: GGMLType) -> ops.Weight:
+def weight(packed: NDArray[np.uint8], qtype: GGMLType) -> weights.Weight:
     """Packed rows, read-only as those of a file, made ready for `linear`."""
     packed = packed.view()
     packed.flags.writeable = False
     cols = packed.shape[1] // qtype.block_bytes * qtype.block_size
-    return ops.pack(QTensor("test", qtype, (len(packed), cols), packed))
+    return weights.pack(QTensor("test", qtype, (len(packed), cols), packed))
 
 
 def activations(tokens: int, cols: int, seed: int = 1) -> Floats:
@@ -74,11 +74,11 @@ def assert_product(got: Floats, x: Floats, packed: NDArray[np.uint8], qtype: GGM
 
 
 @functools.cache
-def product(qtype: GGMLType) -> tuple[Floats, NDArray[np.uint8], ops.Weight, Floats]:
+def product(qtype: GGMLType) -> tuple[Floats, NDArray[np.uint8], weights.Weight, Floats]:
     """33 rows of activations, 40 of weights, packed and not, and their product."""
     packed = random_rows(qtype, 40, 768 if qtype.block_size == 256 else 352)
     w = weight(packed, qtype)
-    x = activations(33, w.shape[1])
+    x = activations(33, w.cols)
     return x, packed, w, ops.linear(x, w)[0]
 
 
@@ -100,10 +100,13 @@ def test_a_row_is_the_same_in_any_number_of_rows(qtype: GGMLType, tokens: int) -
 @every_count_of_threads
 def test_threads_change_nothing(qtype: GGMLType, threads: int) -> None:
     x, packed, _, out = product(qtype)
-    with ops.computing(threads):
+    with team.computing(threads):
         w = weight(packed, qtype)
         for tokens in (1, 2, 33):
             np.testing.assert_array_equal(ops.linear(x[:tokens], w)[0], out[:tokens])
+        # Many rows, so that they are shared out when they are rounded to bytes too.
+        many = np.tile(x, (4, 1))[:131]
+        np.testing.assert_array_equal(ops.linear(many, w)[0], np.tile(out, (4, 1))[:131])
 
 
 @every_type
@@ -256,9 +259,9 @@ def test_attention_does_not_depend_on_chunks_or_threads(
     window: int | None, kv_type: str, threads: int
 ) -> None:
     q, k, v = sequence(150, 6, 2, 16)
-    with ops.computing(1):
+    with team.computing(1):
         want = attend(q, k, v, window, 150, kv_type)
-    with ops.computing(threads):
+    with team.computing(threads):
         for chunk in (1, 7, 23, 24, 25):
             np.testing.assert_array_equal(attend(q, k, v, window, chunk, kv_type), want)
 
@@ -311,11 +314,11 @@ def test_keys_and_values_are_rounded_to_half_precision_as_numpy_does() -> None:
 @every_count_of_threads
 def test_silu_and_its_exponential(threads: int) -> None:
     rng = np.random.default_rng(4)
-    gate = np.concatenate([np.linspace(-86, 86, 5001), rng.standard_normal(3000), [1e30, -0.0]])
+    gate = np.concatenate([np.linspace(-86, 86, 60001), rng.standard_normal(9005), [1e30, -0.0]])
     gate = gate.astype(np.float32)
     up = rng.uniform(-2, 2, gate.size).astype(np.float32)
     want = reference.silu(gate.astype(np.float64)) * up
-    with ops.computing(threads):
+    with team.computing(threads):
         got = ops.silu_mul(gate.reshape(1, -1).copy(), up.reshape(1, -1))[0]
     np.testing.assert_allclose(got, want, rtol=6e-7, atol=0)
 
@@ -329,13 +332,15 @@ def test_silu_of_large_and_no_numbers() -> None:
 
 
 @pytest.mark.parametrize("dim", [1, 7, 16, 33, 64, 172])
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 5, 307])  # the last is work enough for several threads
 @every_count_of_threads
 def test_rms_norm(dim: int, tokens: int, threads: int) -> None:
     rng = np.random.default_rng(dim)
-    x = (rng.standard_normal((tokens, dim)) * 10.0 ** -np.arange(tokens)[:, None]).astype("f4")
+    x = (rng.standard_normal((tokens, dim)) * 10.0 ** -(np.arange(tokens)[:, None] % 5)).astype(
+        "f4"
+    )
     w = rng.standard_normal(dim).astype(np.float32)
-    with ops.computing(threads):
+    with team.computing(threads):
         whole = ops.rms_norm(x, w, 1e-5)
     want = reference.rms_norm(x.astype(np.float64), w.astype(np.float64), 1e-5)
     np.testing.assert_allclose(whole, want, rtol=1e-6)
@@ -356,10 +361,10 @@ def test_rms_norm_of_zeros_and_no_numbers() -> None:
 @every_count_of_threads
 def test_rope(head_dim: int, rope_dim: int, threads: int) -> None:
     rng = np.random.default_rng(5)
-    x = rng.standard_normal((9, 3, head_dim)).astype(np.float32)
-    turns = np.exp(1j * rng.uniform(-9, 9, (9, rope_dim // 2)))
+    x = rng.standard_normal((701, 7, head_dim)).astype(np.float32)
+    turns = np.exp(1j * rng.uniform(-9, 9, (701, rope_dim // 2)))
     got = x.copy()
-    with ops.computing(threads):
+    with team.computing(threads):
         ops.rope(got, turns.real.astype(np.float32), turns.imag.astype(np.float32))
     want = reference.rope(x.astype(np.float64), turns)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)

@@ -20,6 +20,7 @@ from conftest import (
     llama_metadata,
     llama_tensors,
     load_llama,
+    run_python,
 )
 from numpy.typing import NDArray
 
@@ -188,6 +189,19 @@ def test_chunks_and_threads_change_no_bit(
     model = load_llama(tmp_path / "again.gguf", WINDOWED, tensors, kv_type, threads)
     for chunk in (1, 7, WINDOW - 1, WINDOW, WINDOW + 1):
         np.testing.assert_array_equal(logits(model, ids, chunk), want)
+
+
+def test_angles_are_exact_far_into_a_text(tmp_path: Path) -> None:
+    """RoPE knows distances alone: what lies within reach gives the same logits anywhere."""
+    config = replace(TINY, sliding_window=8)
+    model = load_llama(tmp_path / "model.gguf", config, llama_tensors(config))
+    near, far = empty_cache(model, 40), empty_cache(model, 40)
+    far.offset = 1_000_003
+    want = model.forward([span(tokens(40), near)])
+    got = model.forward([span(tokens(40), far)])
+    reach = config.n_layers * 8  # of which earlier ones are not there
+    assert np.abs(got - want)[0].max() > 0.01
+    assert_close(got[reach:], want[reach:].astype(np.float64))
 
 
 def test_decoding_gives_the_row_that_prefill_gives(windowed: Llama) -> None:
@@ -488,21 +502,6 @@ np.testing.assert_array_equal(logits(model, tokens(9), 9), want)
 """
 
 
-def run_child(script: str, *arguments: object, **environment: str) -> str:
-    """The output of a Python process that can import the test files."""
-    run = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parent,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small") / "model.gguf"
@@ -514,11 +513,11 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("n_models", [1, 2])
 def test_two_threads_may_call_at_once(layer: str, n_models: int, small_file: Path) -> None:
     """R11 of the fault list: with Numba's workqueue unguarded calls abort the process."""
-    used = run_child(TWO_THREADS, small_file, n_models, NUMBA_THREADING_LAYER=layer)
+    used = run_python(TWO_THREADS, small_file, n_models, NUMBA_THREADING_LAYER=layer)
     assert layer == "default" or used.split() == [layer]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_is_told_instead_of_hanging(small_file: Path) -> None:
     """R12 of the fault list."""
-    run_child(FORK, small_file)
+    run_python(FORK, small_file)

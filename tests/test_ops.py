@@ -3,16 +3,14 @@
 The arithmetic is in test_kernels.py.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, dequantized, llama_tensors, load_llama, random_rows
+from conftest import TINY, dequantized, llama_tensors, load_llama, random_rows, run_python
 from numpy.typing import NDArray
 
-from cpuinfer import ops
+from cpuinfer import ops, weights
 from cpuinfer.cache import KVCache
 from cpuinfer.gguf import QTensor
 from quant.ggml_types import GGMLType
@@ -31,7 +29,7 @@ def activations(tokens: int, cols: int) -> NDArray[np.float32]:
 @pytest.mark.parametrize("cols", [224, 288])
 @pytest.mark.parametrize("qtype", GGMLType, ids=lambda t: t.name)
 def test_linear_wants_as_many_activations_as_columns(qtype: GGMLType, cols: int) -> None:
-    weight = ops.pack(tensor(qtype, 16, 256))
+    weight = weights.pack(tensor(qtype, 16, 256))
     with pytest.raises(ValueError, match=rf"test\.weight has 256 columns, got {cols} activ"):
         ops.linear(activations(2, cols), weight)
 
@@ -39,9 +37,9 @@ def test_linear_wants_as_many_activations_as_columns(qtype: GGMLType, cols: int)
 def test_linear_with_several_weights_is_linear_with_each() -> None:
     """Whatever the types: they want different forms of the activations."""
     x = activations(3, 256)
-    weights = [ops.pack(tensor(t, 24, 256, seed=t)) for t in GGMLType for _ in range(2)]
+    packed = [weights.pack(tensor(t, 24, 256, seed=t)) for t in GGMLType for _ in range(2)]
     before = x.copy()
-    for got, weight in zip(ops.linear(x, *weights), weights, strict=True):
+    for got, weight in zip(ops.linear(x, *packed), packed, strict=True):
         np.testing.assert_array_equal(got, ops.linear(x, weight)[0])
         assert got.dtype == np.float32
         assert got.shape == (3, 24)
@@ -116,9 +114,16 @@ def test_kernels_for_names_all_that_a_model_runs(
 ) -> None:
     path = tmp_path / "model.gguf"
     load_llama(path, TINY, llama_tensors(TINY, qtype, output), kv_type)
-    command = [sys.executable, "-c", UNPREPARED_KERNELS, path, kv_type, qtype.name, output.name]
-    run = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == []
+    late = run_python(UNPREPARED_KERNELS, path, kv_type, qtype.name, output.name)
+    assert late.split() == []
+
+
+@pytest.mark.parametrize("qtype", [GGMLType.Q4_0, GGMLType.Q6_K, GGMLType.F16, GGMLType.F32])
+@pytest.mark.parametrize("tokens", [1, 3, 14])
+def test_matrices_packed_together_give_what_each_gives_alone(qtype: GGMLType, tokens: int) -> None:
+    alike = [tensor(qtype, rows, 256, seed=rows) for rows in (32, 5, 17)]
+    x = activations(tokens, 256)
+    outs = ops.linear(x, weights.pack(*alike))
+    assert [out.shape for out in outs] == [(tokens, 32), (tokens, 5), (tokens, 17)]
+    for out, one in zip(outs, alike, strict=True):
+        np.testing.assert_array_equal(out, ops.linear(x, weights.pack(one))[0])

@@ -7,6 +7,7 @@ printed is the median of the rounds and the ratio of the medians.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "active")  # best for both, if the machine is quiet
 
 import cpuinfer
 from cpuinfer import machine

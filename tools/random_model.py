@@ -24,21 +24,23 @@ SHAPES = {
 
 
 def random_rows(
-    rng: np.random.Generator, qtype: GGMLType, rows: int, cols: int
+    rng: np.random.Generator, qtype: GGMLType, rows: int, cols: int, spread: float
 ) -> npt.NDArray[np.uint8]:
-    """Packed rows (rows, row_bytes) of random bits whose weights have variance 1 / cols."""
+    """Packed rows (rows, row_bytes) of random weights whose root mean square is about `spread`.
+
+    In block formats all bits are random but those of the scales, which are of either sign.
+    """
     if qtype.block_size == 1:
-        numbers = rng.standard_normal((rows, cols), np.float32) / np.float32(np.sqrt(cols))
-        return quantize(numbers, qtype)
+        return quantize(rng.standard_normal((rows, cols), np.float32) * np.float32(spread), qtype)
     layout = FORMATS[qtype].LAYOUT
     blocks = rng.integers(0, 256, rows * qtype.row_bytes(cols), np.uint8).view(layout)
     scales = [name for name in ("d", "m", "dmin") if name in layout.names]
     for name in scales:
         blocks[name] = 1.0
     sample = dequantize(blocks[:256].view(np.uint8).reshape(1, -1), qtype)
-    scale = 1.0 / (np.sqrt(cols) * float(np.sqrt(np.mean(sample**2))))
+    scale = spread / float(np.sqrt(np.mean(sample.astype(np.float64) ** 2)))
     for name in scales:
-        blocks[name] = scale * rng.uniform(0.5, 1.5, len(blocks))
+        blocks[name] = scale * rng.standard_normal(len(blocks), np.float32)
     packed: npt.NDArray[np.uint8] = blocks.view(np.uint8).reshape(rows, -1)
     return packed
 
@@ -85,7 +87,9 @@ def write_random_model(path: Path, shape: str, qtype: GGMLType, seed: int = 0) -
     }
 
     def matrix(name: str, rows: int, cols: int, kind: GGMLType = qtype) -> Tensor:
-        return Tensor(name, kind, (rows, cols), lambda: random_rows(rng, kind, rows, cols))
+        return Tensor(
+            name, kind, (rows, cols), lambda: random_rows(rng, kind, rows, cols, cols**-0.5)
+        )
 
     def norm(name: str) -> Tensor:
         return Tensor(name, GGMLType.F32, (dim,), lambda: np.ones(dim, np.float32))

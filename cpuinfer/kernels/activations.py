@@ -8,7 +8,7 @@ takes them, and a tile holds [block][token][32], so that what a kernel reads lie
 from typing import Any
 
 from llvmlite import ir
-from numba import prange
+from numba import njit, prange
 
 from cpuinfer.kernels.integer import Correction
 from cpuinfer.kernels.jit import Kernel, kernel
@@ -64,34 +64,41 @@ def _store_correction(
 def _quantizer(kind: Correction) -> Kernel:
     write_block = emitted(_write_block(kind))
 
+    @njit(error_model="numpy")
+    def part(thread, x, q, d, correction, offset, threads):  # type: ignore[no-untyped-def]
+        tokens, cols = x.shape
+        blocks = cols // 32
+        each = correction.size // d.size
+        for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
+            start, size = 0, MOST  # of the tile the token is in
+            while t >= start + size or start + size > tokens:
+                if start + size <= tokens:
+                    start += size
+                elif size > 4:
+                    size = 4
+                else:
+                    size //= 2
+            for block in range(blocks):
+                n = start * blocks + block * size + t - start
+                write_block(
+                    x.ctypes.data + (t * cols + block * 32) * 4,
+                    q.ctypes.data + n * 32,
+                    d.ctypes.data + n * 4,
+                    correction.ctypes.data + n * each * 4,
+                    offset,
+                )
+
     @kernel(f"quantize_{kind.name}", "void(f4[:,::1],i1[::1],f4[::1],i4[::1],i8,i8)", parallel=True)
     def quantize(x, q, d, correction, offset, threads):  # type: ignore[no-untyped-def]
         """x (tokens, cols) float32 to q, d and correction as `integer.py` wants them.
 
         offset is what the correction multiplies the sum of the bytes with.
         """
-        tokens, cols = x.shape
-        blocks = cols // 32
-        each = correction.size // d.size
-        for thread in prange(threads):
-            for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
-                start, size = 0, MOST  # of the tile the token is in
-                while t >= start + size or start + size > tokens:
-                    if start + size <= tokens:
-                        start += size
-                    elif size > 4:
-                        size = 4
-                    else:
-                        size //= 2
-                for block in range(blocks):
-                    n = start * blocks + block * size + t - start
-                    write_block(
-                        x.ctypes.data + (t * cols + block * 32) * 4,
-                        q.ctypes.data + n * 32,
-                        d.ctypes.data + n * 4,
-                        correction.ctypes.data + n * each * 4,
-                        offset,
-                    )
+        if threads == 1:
+            part(0, x, q, d, correction, offset, 1)
+        else:
+            for thread in prange(threads):
+                part(thread, x, q, d, correction, offset, threads)
 
     return quantize
 

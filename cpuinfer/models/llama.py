@@ -7,6 +7,7 @@ RoPE on adjacent pairs, RMSNorm before each half of a block, SwiGLU (arXiv 2302.
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ from cpuinfer import ops
 from cpuinfer.cache import KVCache
 from cpuinfer.config import ModelConfig
 from cpuinfer.gguf import GGUFFile, QTensor
+from cpuinfer.team import computing
+from cpuinfer.weights import Weight, has_kernel, pack
 from quant import dequantize
 from quant.ggml_types import GGMLType
 
@@ -48,17 +51,14 @@ class Rope:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer's weights."""
+    """One layer's weights; matrices that meet the same activations stand together."""
 
     attn_norm: Floats
-    attn_q: ops.Weight
-    attn_k: ops.Weight
-    attn_v: ops.Weight
-    attn_output: ops.Weight
+    attn_q_k_v: list[Weight]
+    attn_output: list[Weight]
     ffn_norm: Floats
-    ffn_gate: ops.Weight
-    ffn_up: ops.Weight
-    ffn_down: ops.Weight
+    ffn_gate_up: list[Weight]
+    ffn_down: list[Weight]
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -133,22 +133,26 @@ class Llama:
         total = sum(t.data.nbytes for t in tensors.values())
         done = 0
 
-        def matrix(name: str) -> ops.Weight:
+        def matrices(*names: str) -> list[Weight]:
             nonlocal done
-            weight = ops.pack(tensors[name])
-            done += tensors[name].data.nbytes
-            if weight.rows.size == 0:
-                tensors[name].release()
+            weights = []
+            for _, alike in groupby((tensors[name] for name in names), _kind):
+                group = list(alike)
+                weights.append(pack(*group))
+                for tensor in group:
+                    done += tensor.data.nbytes
+                    if has_kernel(tensor.qtype):
+                        tensor.release()
             if progress is not None:
                 progress(done, total)
-            return weight
+            return weights
 
-        with ops.computing(threads):
+        with computing(threads):
             self.token_embd = tensors["token_embd.weight"]
-            self.blk = [_load_block(tensors, matrix, i) for i in range(config.n_layers)]
+            self.blk = [_load_block(tensors, matrices, i) for i in range(config.n_layers)]
             self.output_norm = _vector(tensors["output_norm.weight"])
             tied = "output.weight" not in tensors
-            self.output = matrix("token_embd.weight" if tied else "output.weight")
+            self.output = matrices("token_embd.weight" if tied else "output.weight")
         exponents = np.arange(0, config.rope_dim, 2) / config.rope_dim
         self.frequencies = config.rope_theta**-exponents / config.rope_scale
         if "rope_freqs.weight" in tensors:
@@ -179,7 +183,7 @@ class Llama:
                 raise ValueError(f"a pass takes 1 to {self.chunk} tokens, got {len(span.tokens)}")
             if not 0 <= span.n_logits <= len(span.tokens):
                 raise ValueError(f"logits of {span.n_logits} of {len(span.tokens)} tokens")
-        with ops.computing(self.threads):
+        with computing(self.threads):
             x = ops.embed(
                 np.concatenate([span.tokens for span in spans]), self.token_embd
             )  # (T, D)
@@ -198,7 +202,7 @@ class Llama:
     ) -> Floats:
         c = self.config
         h = ops.rms_norm(x, block.attn_norm, c.norm_eps)
-        q, k, v = ops.linear(h, block.attn_q, block.attn_k, block.attn_v)
+        q, k, v = ops.linear(h, *block.attn_q_k_v)
         q = q.reshape(-1, c.n_heads, c.head_dim)  # (T, H, d)
         k, v = (y.reshape(-1, c.n_kv_heads, c.head_dim) for y in (k, v))  # (T, K, d)
         ops.rope(q, rope.cos, rope.sin)
@@ -208,12 +212,12 @@ class Llama:
             rows = slice(row, row := row + len(span.tokens))
             outs.append(ops.attend(q[rows], k[rows], v[rows], span.cache, layer, c.sliding_window))
         out = outs[0] if len(outs) == 1 else np.concatenate(outs)
-        return ops.linear(out.reshape(len(x), -1), block.attn_output)[0]
+        return ops.linear(out.reshape(len(x), -1), *block.attn_output)[0]
 
     def _feed_forward(self, block: Block, x: Floats) -> Floats:
         h = ops.rms_norm(x, block.ffn_norm, self.config.norm_eps)
-        gate, up = ops.linear(h, block.ffn_gate, block.ffn_up)
-        return ops.linear(ops.silu_mul(gate, up), block.ffn_down)[0]
+        gate, up = ops.linear(h, *block.ffn_gate_up)
+        return ops.linear(ops.silu_mul(gate, up), *block.ffn_down)[0]
 
     def _logits(self, x: Floats, spans: Sequence[Span]) -> Floats:
         rows: list[int] = []
@@ -224,7 +228,7 @@ class Llama:
         if not rows:
             return np.empty((0, self.config.vocab_size), np.float32)
         last = ops.rms_norm(x[rows], self.output_norm, self.config.norm_eps)
-        return ops.linear(last, self.output)[0]
+        return ops.linear(last, *self.output)[0]
 
     def _rope(self, spans: Sequence[Span]) -> Rope:
         """Angles in double precision: at position 32,768 single precision is off by 1e-3."""
@@ -243,22 +247,24 @@ def capacity(config: ModelConfig, chunk: int, context_length: int) -> int:
 
 
 def _load_block(
-    tensors: Mapping[str, QTensor], matrix: Callable[[str], ops.Weight], layer: int
+    tensors: Mapping[str, QTensor], matrices: Callable[..., list[Weight]], layer: int
 ) -> Block:
     def name(part: str) -> str:
         return f"blk.{layer}.{part}.weight"
 
     return Block(
         attn_norm=_vector(tensors[name("attn_norm")]),
-        attn_q=matrix(name("attn_q")),
-        attn_k=matrix(name("attn_k")),
-        attn_v=matrix(name("attn_v")),
-        attn_output=matrix(name("attn_output")),
+        attn_q_k_v=matrices(name("attn_q"), name("attn_k"), name("attn_v")),
+        attn_output=matrices(name("attn_output")),
         ffn_norm=_vector(tensors[name("ffn_norm")]),
-        ffn_gate=matrix(name("ffn_gate")),
-        ffn_up=matrix(name("ffn_up")),
-        ffn_down=matrix(name("ffn_down")),
+        ffn_gate_up=matrices(name("ffn_gate"), name("ffn_up")),
+        ffn_down=matrices(name("ffn_down")),
     )
+
+
+def _kind(tensor: QTensor) -> tuple[GGMLType, str]:
+    """Neighbours of one kind are packed together; without a kernel each is a kind of its own."""
+    return tensor.qtype, "" if has_kernel(tensor.qtype) else tensor.name
 
 
 def _vector(tensor: QTensor) -> Floats:
