@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cpuinfer import ops, team, weights
 from cpuinfer.cache import KVCache
 from cpuinfer.gguf import QTensor
-from quant import FORMATS
+from quant import FORMATS, quantize
 from quant.ggml_types import GGMLType
 
 Floats = NDArray[np.float32]
@@ -369,3 +369,11 @@ def test_rope(head_dim: int, rope_dim: int, threads: int) -> None:
     want = reference.rope(x.astype(np.float64), turns)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(got[:, :, rope_dim:], x[:, :, rope_dim:])
+
+
+@pytest.mark.parametrize("largest", [1e-38, 1e-31, 1e-29])
+def test_tiny_activations_give_tiny_or_no_products(largest: float) -> None:
+    x = np.full((1, 32), largest, np.float32)
+    w = weight(quantize(np.ones((1, 32), np.float32), GGMLType.Q8_0), GGMLType.Q8_0)
+    (out,) = ops.linear(x, w)
+    assert out[0, 0] == pytest.approx(32 * largest if largest > 2**-100 else 0, rel=1e-3)

@@ -234,6 +234,13 @@ def test_spans_do_not_see_each_other(qtype: GGMLType, tmp_path: Path) -> None:
     assert [s.cache.offset for s in spans] == [60, 31, 30, 1, 9]
 
 
+def test_one_cache_for_two_spans_is_refused(windowed: Llama) -> None:
+    cache = windowed.make_cache()
+    with pytest.raises(ValueError, match="same cache"):
+        windowed.forward([span([1, 2], cache), span([3], cache)])
+    assert cache.offset == 0
+
+
 def test_logits_only_where_asked_for(windowed: Llama) -> None:
     ids = np.array(tokens(9), np.int32)
     whole = windowed.forward([Span(ids, windowed.make_cache(), 9)])
@@ -371,6 +378,11 @@ FAULTS = {
         lambda tensors: [*tensors, ("rope_freqs.weight", GGMLType.F32, np.zeros(28, np.uint8))],
         "rope_freqs.weight",
         r"shape \(7,\), expected \(8,\)",
+    ),
+    "a rope frequency of zero": (
+        lambda tensors: [*tensors, ("rope_freqs.weight", GGMLType.F32, np.zeros(32, np.uint8))],
+        "rope_freqs.weight",
+        "finite numbers above 0",
     ),
 }
 

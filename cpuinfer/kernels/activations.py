@@ -1,8 +1,9 @@
 """Rows of activations as 8-bit integers, laid out for the tiles of `integer.py`.
 
-A block is 32 values: scale d = largest magnitude / 127, q = value / d rounded half to even.  NaN
-and infinity make d not finite, so they are not lost.  Tokens are put into tiles as `integer.py`
-takes them, and a tile holds [block][token][32], so that what a kernel reads lies together.
+A block is 32 values: scale d = largest magnitude / 127, q = value * (127 / largest) rounded half to
+even, zeros where the largest is below 2^-100.  NaN and infinity make d not finite, so they are not
+lost.  Tokens are put into tiles as `matmul.py` takes them, and a tile holds [block][token][32], so
+that what a kernel reads lies together.
 """
 
 from typing import Any
@@ -29,9 +30,9 @@ def _write_block(kind: Correction) -> Any:
         reduce = f"llvm.vector.reduce.smax.v{e.width}i32"
         largest = b.bitcast(e.call(reduce, I32, largest), F32)
         scale = b.fdiv(largest, ir.Constant(F32, 127.0))
-        zero = ir.Constant(F32, 0.0)
+        zero, tiny = ir.Constant(F32, 0.0), ir.Constant(F32, 2.0**-100)
         inverse = b.fdiv(ir.Constant(F32, 127.0), largest)
-        inverse = b.select(b.fcmp_ordered("==", largest, zero), zero, inverse)
+        inverse = b.select(b.fcmp_ordered("<", largest, tiny), zero, inverse)
         e.store(scale, d)
         halves = [ir.Constant(I32, 0), ir.Constant(I32, 0)]
         for i, v in enumerate(vectors):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from cpuinfer.kernels.matmul import matmul
+from cpuinfer.kernels.matmul import matmul, store_sums
 from cpuinfer.kernels.simd import I16, LANES, Emitter, Value
 
 
@@ -34,10 +34,7 @@ def _tile(size: int, load: Callable[[Emitter, Value], Value], tokens: int) -> Ca
                     activation = e.repeat_float(e.at(rows[t], column, 4))
                     total = e.fma(weights, activation, e.get(sums[t][part]))
                     e.set(sums[t][part], total)
-        for t in range(tokens):
-            for part in range(e.parts):
-                address = e.at(e.at(out, 4 * part * e.width), stride, 4 * t)
-                e.store(e.get(sums[t][part]), address)
+        store_sums(e, sums, out, stride)
 
     return tile
 

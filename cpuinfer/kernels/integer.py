@@ -23,7 +23,7 @@ from typing import Any
 from llvmlite import ir
 
 from cpuinfer.kernels.jit import Kernel
-from cpuinfer.kernels.matmul import matmul
+from cpuinfer.kernels.matmul import matmul, store_sums
 from cpuinfer.kernels.simd import I64, LANES, Emitter, Value
 
 
@@ -101,10 +101,7 @@ def _tile(form: Format, tokens: int) -> Callable[..., None]:
                             )
                             total = _add_block(e, form, block, here, e.get(sums[t][part]))
                             e.set(sums[t][part], total)
-        for t in range(tokens):
-            for part in range(e.parts):
-                address = e.at(e.at(out, 4 * part * e.width), stride, 4 * t)
-                e.store(e.get(sums[t][part]), address)
+        store_sums(e, sums, out, stride)
 
     return tile
 

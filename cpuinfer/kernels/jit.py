@@ -45,7 +45,7 @@ def _target(isa: str) -> tuple[str | None, str | None]:
 if "OMP_WAIT_POLICY" not in os.environ:
     # GNU OpenMP's threads wait for each other by spinning, by default for so long that on a busy
     # machine, with two of them on one core, a region takes 8 ms instead of microseconds.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if os.environ.get("NUMBA_CPU_NAME") is None:
     config.CPU_NAME, config.CPU_FEATURES = _target(ISA)
 

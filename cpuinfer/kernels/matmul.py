@@ -11,11 +11,18 @@ from typing import Any
 from numba import prange
 
 from cpuinfer.kernels.jit import ISA, Kernel, kernel
-from cpuinfer.kernels.simd import emitted
+from cpuinfer.kernels.simd import Emitter, Value, emitted
 
 #: The most tokens that meet a weight while it is in registers, by the number of registers; the
 #: tiles are this, 4, 2 and 1.
 MOST = 12 if ISA == "avx512vnni" else 4
+
+
+def store_sums(e: Emitter, sums: list[list[Value]], out: Value, stride: Value) -> None:
+    """Write a tile's accumulators, variables [token][part], to rows of `out` `stride` apart."""
+    for t, parts in enumerate(sums):
+        for part, total in enumerate(parts):
+            e.store(e.get(total), e.at(e.at(out, 4 * part * e.width), stride, 4 * t))
 
 
 def matmul(name: str, write_tile: Callable[[int], Any], words: str = "u4") -> Kernel:

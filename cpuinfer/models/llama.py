@@ -156,7 +156,10 @@ class Llama:
         exponents = np.arange(0, config.rope_dim, 2) / config.rope_dim
         self.frequencies = config.rope_theta**-exponents / config.rope_scale
         if "rope_freqs.weight" in tensors:
-            self.frequencies /= _vector(tensors["rope_freqs.weight"])
+            factors = _vector(tensors["rope_freqs.weight"])
+            if not (np.isfinite(factors).all() and (factors > 0).all()):
+                raise file.error("rope_freqs.weight", "expected finite numbers above 0")
+            self.frequencies /= factors
 
     @property
     def capacity(self) -> int:
@@ -183,6 +186,8 @@ class Llama:
                 raise ValueError(f"a pass takes 1 to {self.chunk} tokens, got {len(span.tokens)}")
             if not 0 <= span.n_logits <= len(span.tokens):
                 raise ValueError(f"logits of {span.n_logits} of {len(span.tokens)} tokens")
+        if len({id(span.cache) for span in spans}) < len(spans):
+            raise ValueError("two spans of a pass have the same cache")
         with computing(self.threads):
             x = ops.embed(
                 np.concatenate([span.tokens for span in spans]), self.token_embd
