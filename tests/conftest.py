@@ -13,9 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "3")
 
-# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import gguf
 import numpy as np
 import pytest
@@ -27,6 +24,9 @@ from cpuinfer.models.llama import Llama
 from quant.ggml_types import GGMLType
 from quant.gguf_writer import write_gguf
 from tools import random_model
+
+# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Test material made by others; it lies beside the repository, not in it.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
