@@ -454,7 +454,7 @@ BAD = [
     ("tokens", {"tokens": renamed(A, "x" * (1 << 21))}, f"token {A} has {1 << 21} bytes"),
     ("tokens", {"tokens": renamed(A, "")}, f"token {A} is empty"),
     ("tokens", {"tokens": renamed(A, b"\xff\xfe")}, f"token {A} is not UTF-8"),
-    # merges in place of scores
+    # H12: merges in place of scores
     ("merges", {"scores": None, "merges": ["a b", "ab"]}, "merge 1, b'ab', does not make"),
     ("merges", {"scores": None, "merges": ["a b", "b b"]}, "merge 1, b'b b', does not make"),
     ("merges", {"scores": None, "merges": [b"\xff a"]}, "merge 0"),
