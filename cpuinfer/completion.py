@@ -1,6 +1,8 @@
 """What a request gives back, whole and in pieces."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cpuinfer.generate import FinishReason
@@ -52,15 +54,23 @@ class Completion:
 class Stream:
     """An iterator of Chunk; when it has ended, `completion` is the whole."""
 
-    _chunks: Iterator[Chunk] = field(repr=False)
+    _chunks: Generator[Chunk, None, Completion] = field(repr=False)
+    _cancel: threading.Event = field(repr=False)
     completion: Completion | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        try:
+            return next(self._chunks)
+        except StopIteration as end:
+            self.completion = self.completion or end.value
+            raise
 
     def close(self) -> None:
-        """End the request now."""
-        self._chunks.close()  # type: ignore[attr-defined]
+        """End the request now; a thread that waits for the next chunk gets models.llama.Cancelled
+        between two layers."""
+        self._cancel.set()
+        with suppress(ValueError):  # the generator is at work in that thread
+            self._chunks.close()

@@ -37,6 +37,11 @@ class _Required:
 
 _REQUIRED: Final = _Required()
 
+# O_NONBLOCK: opening a FIFO must not wait for a writer. Windows has neither it nor FIFOs here.
+_OPEN_FLAGS = os.O_RDONLY
+for _flag in ("O_CLOEXEC", "O_NONBLOCK", "O_BINARY"):
+    _OPEN_FLAGS |= getattr(os, _flag, 0)
+
 _PART_NAME = re.compile(
     r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL
 )
@@ -218,8 +223,7 @@ def _bind(buffer: Buffer, data_start: int, info: TensorInfo) -> QTensor:
 
 
 def _open_one(path: Path) -> GGUFFile:
-    # O_NONBLOCK: opening a FIFO must not wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = os.open(path, _OPEN_FLAGS)
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):

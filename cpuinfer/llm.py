@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,10 @@ from cpuinfer.generate import Generation
 from cpuinfer.gguf import GGUFFile, ModelFormatError, escape, open_gguf
 from cpuinfer.kernels.jit import Kernel
 from cpuinfer.models import ARCHITECTURES
-from cpuinfer.models.llama import check_tensors
-from cpuinfer.plan import fitting_context
+from cpuinfer.models.llama import Llama, check_tensors
+from cpuinfer.plan import fitting_context, memory_plan
 from cpuinfer.sampling import Sampled, Sampler, SamplingParams
+from cpuinfer.team import most_threads
 from cpuinfer.tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
 from quant.ggml_types import GGMLType
 
@@ -48,7 +49,8 @@ class LLM:
         """Open, check and load a GGUF file.
 
         `context_length` None takes what the model was trained for, or less if memory asks for it;
-        `threads` None those this process is allowed; `sliding_window` see ModelConfig.from_gguf;
+        `threads` None those this process is allowed, and never more than Numba has;
+        `sliding_window` see ModelConfig.from_gguf;
         `kv_type` "f16" or "f32"; `template` the name of a built-in chat template or a Jinja file.
         Raises OSError, ModelFormatError, machine.NotEnoughMemory, ValueError for an argument.
         """
@@ -67,10 +69,10 @@ class LLM:
         self._template: chat.Template | None = None
         if template is not None:
             self._template = chat.load_template(self.file, self.tokenizer, template)
-        self.threads = threads or machine.threads()[0]
+        self.threads = min(threads or machine.threads()[0], most_threads())
         self._on_progress = on_progress or (lambda stage, done, total: None)
         prepare_kernels(ops.kernels_for(matrix_types(self.file), kv_type), self._on_progress)
-        self._model = ARCHITECTURES[self.file.text("general.architecture")](
+        self._loaded: Llama | None = ARCHITECTURES[self.file.text("general.architecture")](
             self.file,
             self.config,
             kv_type=kv_type,
@@ -88,9 +90,15 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give back the memory; the object is of no use afterwards."""
+        """Give back weights and caches; what is asked of the model afterwards is a ValueError."""
+        self._loaded = None
         self._spare.clear()
-        del self._model
+
+    @property
+    def _model(self) -> Llama:
+        if self._loaded is None:
+            raise ValueError(f"the model {escape(str(self.path))} has been closed")
+        return self._loaded
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -149,10 +157,13 @@ class LLM:
         if not 0 < len(ids) <= self.context_length:
             raise generate.ContextLengthExceeded(len(ids), self.context_length)
         StreamDecoder(self.tokenizer, ids)  # refuses ids that are no tokens
+        shape = (len(ids), self.config.vocab_size)
+        machine.check(machine.MemoryPlan(0, 0, 4 * shape[0] * shape[1]), machine.memory_available())
+        logits, done = np.empty(shape, np.float32), 0
         with self._cache() as cache:
-            return np.concatenate(
-                list(generate.prefill(self._model, ids, cache, n_logits=len(ids)))
-            )
+            for some in generate.prefill(self._model, ids, cache, n_logits=len(ids)):
+                logits[done : (done := done + len(some))] = some
+        return logits
 
     # --- inside ---
 
@@ -164,13 +175,12 @@ class LLM:
             n_tokens=self.tokenizer.vocab_size,
             eog_ids=self.tokenizer.eog_ids,
         )
-        stream = Stream(iter(()))
-        stream._chunks = self._chunks(stream, ids, decoder, sampler)
-        return stream
+        cancel = threading.Event()
+        return Stream(self._chunks(ids, decoder, sampler, cancel), cancel)
 
     def _chunks(
-        self, stream: Stream, ids: list[int], decoder: StreamDecoder, sampler: Sampler
-    ) -> Iterator[Chunk]:
+        self, ids: list[int], decoder: StreamDecoder, sampler: Sampler, cancel: threading.Event
+    ) -> Generator[Chunk, None, Completion]:
         start = time.perf_counter()
         first: float | None = None
         generation = Generation(ids, [])
@@ -185,6 +195,7 @@ class LLM:
                 sampler,
                 self.tokenizer.eog_ids,
                 cache,
+                cancel,
                 progress=lambda done, total: self._on_progress("prompt", done, total),
             ):
                 first = first or time.perf_counter()
@@ -200,7 +211,8 @@ class LLM:
         rest += "" if stops.found else stops.finish()
         end = time.perf_counter()
         assert generation.finish_reason is not None
-        stream.completion = Completion(
+        yield Chunk(rest, finish_reason=generation.finish_reason)
+        return Completion(
             text="".join(pieces) + rest,
             token_ids=tuple(generation.tokens),
             finish_reason=generation.finish_reason,
@@ -210,7 +222,6 @@ class LLM:
             seed=sampler.seed,
             logprobs=None if sampler.params.logprobs is None else tuple(logprobs),
         )
-        yield Chunk(rest, finish_reason=generation.finish_reason)
 
     def _logprob(self, sampled: Sampled) -> tuple[TokenLogprob, ...]:
         if sampled.logprob is None:
@@ -226,14 +237,20 @@ class LLM:
         """An empty cache, kept for the next request afterwards."""
         with self._spare_lock:
             cache = self._spare.pop() if self._spare else None
-        cache = cache or self._model.make_cache()
+        cache = cache or self._new_cache()
         cache.reset()
         try:
             yield cache
         finally:
             with self._spare_lock:
-                if not self._spare:
+                if not self._spare and self._loaded is not None:
                     self._spare.append(cache)
+
+    def _new_cache(self) -> KVCache:
+        """NotEnoughMemory where requests at the same time ask for more caches than fit."""
+        plan = memory_plan(self.file, self.config, self.kv_type, self.context_length)
+        machine.check(machine.MemoryPlan(0, plan.cache, 0), machine.memory_available())
+        return self._model.make_cache()
 
 
 def _whole(stream: Stream) -> Completion:

@@ -35,12 +35,17 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=team.mark_forked)
 
 
+def most_threads() -> int:
+    """The threads Numba has: the CPUs of this process, or NUMBA_NUM_THREADS."""
+    return int(config.NUMBA_NUM_THREADS)
+
+
 @contextmanager
 def computing(threads: int) -> Iterator[None]:
     """Hold the kernels' threads for a pass; RuntimeError in a forked child, which has none."""
     if team.forked:
         raise RuntimeError("the process was forked after cpuinfer was loaded: use spawn instead")
     with team.lock:
-        team.threads = min(threads, config.NUMBA_NUM_THREADS)
+        team.threads = min(threads, most_threads())
         numba.set_num_threads(team.threads)
         yield

@@ -5,6 +5,7 @@ Run once for each instruction set by test_instruction_sets.py.
 
 import functools
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from cpuinfer import ops, team, weights
 from cpuinfer.cache import KVCache
 from cpuinfer.gguf import QTensor
+from cpuinfer.kernels.jit import kernel
 from quant import FORMATS, quantize
 from quant.ggml_types import GGMLType
 
@@ -378,3 +380,12 @@ def test_tiny_activations_give_tiny_or_no_products(largest: float) -> None:
     w = weight(quantize(np.ones((1, 32), np.float32), GGMLType.Q8_0), GGMLType.Q8_0)
     (out,) = ops.linear(x, w)
     assert out[0, 0] == pytest.approx(32 * largest if largest > 2**-100 else 0, rel=1e-3)
+
+
+def test_two_threads_may_make_one_kernel_ready() -> None:
+    @kernel("twice", "i8(i8)")
+    def twice(x):  # type: ignore[no-untyped-def]
+        return 2 * x
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(twice, range(8))) == [2 * x for x in range(8)]

@@ -379,6 +379,14 @@ FAULTS = {
         "rope_freqs.weight",
         r"shape \(7,\), expected \(8,\)",
     ),
+    "a bias": (
+        lambda tensors: [
+            *tensors,
+            ("blk.1.attn_q.bias", GGMLType.F32, np.zeros(256, np.uint8)),
+        ],
+        "blk.1.attn_q.bias",
+        "not supported yet",
+    ),
     "a rope frequency of zero": (
         lambda tensors: [*tensors, ("rope_freqs.weight", GGMLType.F32, np.zeros(32, np.uint8))],
         "rope_freqs.weight",

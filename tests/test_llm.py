@@ -11,6 +11,8 @@ import pytest
 import cpuinfer
 from cpuinfer import machine
 from cpuinfer.generate import ContextLengthExceeded
+from cpuinfer.models.llama import Cancelled
+from cpuinfer.team import most_threads
 
 PROMPT = "Once upon a time"
 
@@ -141,6 +143,53 @@ def test_two_threads_at_once_get_what_each_gets_alone(llm: cpuinfer.LLM) -> None
     for worker in workers:
         worker.join()
     assert [together[seed] for seed in seeds] == alone
+
+
+def test_a_stream_closed_from_another_thread_stops_between_layers(llm: cpuinfer.LLM) -> None:
+    wanted = llm.generate(PROMPT, max_tokens=10, seed=1).token_ids
+    stream = llm.stream(PROMPT, max_tokens=1500, seed=2, ignore_eos=True)
+    next(stream)
+    closer = threading.Timer(0.05, stream.close)
+    closer.start()
+    with pytest.raises(Cancelled):
+        for _ in stream:
+            pass
+    closer.join()
+    assert stream.completion is None
+    assert llm.generate(PROMPT, max_tokens=10, seed=1).token_ids == wanted
+
+
+def test_a_closed_model_says_so(path: Path) -> None:
+    llm = cpuinfer.LLM(path)
+    stream = llm.stream(PROMPT, max_tokens=5)
+    next(stream)
+    llm.close()
+    llm.close()
+    stream.close()
+    assert llm._spare == []
+    with pytest.raises(ValueError, match=r"demo\.gguf has been closed"):
+        llm.generate(PROMPT)
+
+
+def test_more_threads_than_there_are_is_said(path: Path) -> None:
+    with cpuinfer.LLM(path, threads=10**6) as llm:
+        assert llm.threads == most_threads()
+
+
+def test_logits_and_caches_beyond_memory_are_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with cpuinfer.LLM(path) as llm:
+        wanted = llm.generate(PROMPT, max_tokens=2, seed=1).token_ids
+        monkeypatch.setattr(machine, "memory_available", lambda: 300 << 10)
+        with pytest.raises(machine.NotEnoughMemory):
+            llm.logits([5] * 100)  # 800 KiB
+        stream = llm.stream(PROMPT, max_tokens=5)
+        next(stream)  # has the one cache there is
+        with pytest.raises(machine.NotEnoughMemory):
+            llm.generate(PROMPT)
+        stream.close()
+        assert llm.generate(PROMPT, max_tokens=2, seed=1).token_ids == wanted
 
 
 def test_an_abandoned_stream_leaves_the_next_request_unharmed(llm: cpuinfer.LLM) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,9 @@ class _TolerantCache(FunctionCache):
             file.unlink(missing_ok=True)
 
 
+_compiling = threading.Lock()
+
+
 class Kernel:
     """A jitted function with one signature, compiled (or loaded) by `prepare` or its first call."""
 
@@ -127,22 +131,19 @@ class Kernel:
 
     def prepare(self) -> bool:
         """Make the machine code ready; True if it had to be compiled."""
-        if self._ready:
-            return False
-        self._dispatcher.compile(self.signature)
-        self._dispatcher.disable_compile()  # other types are a mistake, not a reason to compile
-        self._ready = True
-        return not self._dispatcher.stats.cache_hits
+        with _compiling:
+            if self._ready:
+                return False
+            self._dispatcher.compile(self.signature)
+            # Other types are a mistake, not a reason to compile.
+            self._dispatcher.disable_compile()
+            self._ready = True
+            return not self._dispatcher.stats.cache_hits
 
     def __call__(self, *arguments: Any) -> Any:
         if not self._ready:
             self.prepare()
         return self._dispatcher(*arguments)
-
-    def assembly(self) -> str:
-        """The machine code's text, to be read by people."""
-        self.prepare()
-        return "\n".join(self._dispatcher.inspect_asm().values())
 
 
 def kernel(

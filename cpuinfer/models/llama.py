@@ -103,7 +103,11 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> list[str]:
             raise file.error(name, f"shape {tensor.shape}, expected {shape}")
         if len(shape) == 1 and tensor.qtype is not GGMLType.F32:
             raise file.error(name, f"type {tensor.qtype.name}, expected F32")
-    return [name for name in file.tensors if name not in shapes]
+    unused = [name for name in file.tensors if name not in shapes]
+    for name in unused:
+        if name.endswith(".bias") or name.startswith("rope_factors"):
+            raise file.error(name, "models with this tensor are not supported yet")
+    return unused
 
 
 class Llama:
