@@ -55,7 +55,7 @@ class Stream:
     """An iterator of Chunk; when it has ended, `completion` is the whole."""
 
     _chunks: Generator[Chunk, None, Completion] = field(repr=False)
-    _cancel: threading.Event = field(repr=False)
+    _cancel: threading.Event = field(default_factory=threading.Event, repr=False)
     completion: Completion | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
