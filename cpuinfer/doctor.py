@@ -1,40 +1,24 @@
 """What `cpuinfer doctor` says of this computer: what decides how fast a model runs here."""
 
 import platform
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numba
-
 from cpuinfer import __version__, machine
 from cpuinfer.kernels import jit
-from cpuinfer.team import computing
 
 Report = dict[str, Any]
 
 _PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece")
 
-_REMEDY = {
-    "linux": "install libgomp (apt install libgomp1, dnf install libgomp)",
-    "darwin": "install libomp (brew install libomp)",
-    "win32": "install the Visual C++ runtime, which has OpenMP",
-}
-
 
 def examine() -> Report:
     """The facts, and `warnings` about what could be better; measures for about a second."""
     threads, reason = machine.threads()
-    layer = threading_layer(threads)
-    warnings = []
-    if layer == "workqueue":
-        remedy = _REMEDY.get(sys.platform, "install OpenMP")
-        warnings.append(f"numba has its plainest threading layer only (workqueue): {remedy}")
     kept = machine.cache_directory()
-    if kept.warning is not None:
-        warnings.append(kept.warning)
+    warnings = [] if kept.warning is None else [kept.warning]
     return {
         "cpuinfer": __version__,
         "python": platform.python_version(),
@@ -45,7 +29,6 @@ def examine() -> Report:
         "supported_instruction_sets": machine.supported_instruction_sets(),
         "threads": threads,
         "threads_reason": reason,
-        "threading_layer": layer,
         "memory_available": machine.memory_available(),
         "bandwidth": round(machine.read_bandwidth(threads), 2),
         "cache_directory": None if jit.CACHE is None else str(jit.CACHE),
@@ -65,7 +48,6 @@ def text(report: Report) -> Iterator[str]:
         "cpu": report["cpu"],
         "instructions": f"{report['instruction_set']} (this CPU runs: {supported})",
         "threads": f"{report['threads']} ({report['threads_reason']})",
-        "threading": f"{report['threading_layer']} (numba's threading layer)",
         "memory": f"{machine.format_bytes(report['memory_available'])} available",
         "bandwidth": f"{report['bandwidth']:.1f} GB/s read by {report['threads']} threads",
         "kernels": "kept nowhere"
@@ -76,13 +58,6 @@ def text(report: Report) -> Iterator[str]:
         yield f"{name:<14}{fact}"
     for warning in report["warnings"]:
         yield f"{'warning':<14}{warning}"
-
-
-def threading_layer(threads: int) -> str:
-    """The threading layer numba chooses here; it tells only once its threads have been started."""
-    with computing(threads):
-        pass
-    return str(numba.threading_layer())  # type: ignore[attr-defined]
 
 
 def _compiled(directory: Path) -> int:

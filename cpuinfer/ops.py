@@ -81,7 +81,7 @@ def _multiply(
 ) -> list[Floats]:
     """One kernel call; the result of each matrix, without rows that only fill up its last group."""
     out = np.empty(tokens * 16 * len(w.words), np.float32)
-    matmul(x, d, correction, w.words, w.halves, w.places, out, tokens, team.threads)
+    matmul(x, d, correction, w.words, w.halves, w.places, out, tokens, team.table)
     results, start = [], 0
     for rows in w.parts:
         end = start + -(-rows // 16) * 16
@@ -97,7 +97,7 @@ def _quantize(
     blocks = x.size // 32
     q, d = np.empty(x.size, np.int8), np.empty(blocks, np.float32)
     corrections = np.empty(blocks * (2 if correction is Correction.HALF_OFFSETS else 1), np.int32)
-    QUANTIZE[correction](x, q, d, corrections, -offset, team.threads_for(x.size))
+    QUANTIZE[correction](x, q, d, corrections, -offset, team.table)
     return q, d, corrections
 
 
@@ -123,14 +123,14 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     assert x.shape[1] == len(weight)
     out = np.empty_like(x)
     squares = np.empty(len(x), np.float32)
-    elementwise.RMS_NORM(x, weight, np.float32(eps), squares, out, team.threads_for(x.size))
+    elementwise.RMS_NORM(x, weight, np.float32(eps), squares, out, team.table)
     return out
 
 
 def rope(x: Floats, cos: Floats, sin: Floats) -> None:
     """Turn x (T, H, d) in place by the angles of cos, sin (T, rope_dim / 2)."""
     assert len(x) == len(cos) and 2 * cos.shape[1] <= x.shape[2]
-    elementwise.ROPE(x, cos, sin, team.threads_for(x.size))
+    elementwise.ROPE(x, cos, sin, team.table)
 
 
 def silu_mul(gate: Floats, up: Floats) -> Floats:
@@ -140,9 +140,9 @@ def silu_mul(gate: Floats, up: Floats) -> Floats:
         filled = [np.zeros(-(-gate.size // 16) * 16, np.float32) for _ in range(2)]
         for flat, values in zip(filled, (gate, up), strict=True):
             flat[: gate.size] = values.reshape(-1)
-        elementwise.SILU_MUL(*filled, 1)
+        elementwise.SILU_MUL(*filled, team.table)
         return filled[0][: gate.size].reshape(gate.shape)
-    elementwise.SILU_MUL(gate.reshape(-1), up.reshape(-1), team.threads_for(gate.size))
+    elementwise.SILU_MUL(gate.reshape(-1), up.reshape(-1), team.table)
     return gate
 
 
@@ -163,13 +163,13 @@ def attend(
     q, k, v = (_pad_heads(x) for x in (q, k, v))
     attention.APPEND[cache.kv_type](keys, k, cache.offset)
     attention.APPEND[cache.kv_type](values, v, cache.offset)
-    group, threads = q.shape[1] // k.shape[1], team.threads
-    scores = np.empty((threads, group, padded(sees)), np.float32)
+    group = q.shape[1] // k.shape[1]
+    scores = np.empty((team.threads, group, padded(sees)), np.float32)
     out = np.empty_like(q)
     scale = np.float32(1.0 / np.sqrt(head_dim))
     limit = end if window is None else window
     attend_kernel = attention.ATTEND[cache.kv_type]
-    attend_kernel(q, keys, values, cache.offset, limit, scale, scores, out, threads)
+    attend_kernel(q, keys, values, cache.offset, limit, scale, scores, out, team.table)
     return out if q.shape[2] == head_dim else np.ascontiguousarray(out[:, :, :head_dim])
 
 

@@ -1,43 +1,97 @@
 """The threads that kernels run on: a process has one set of them, for one caller at a time."""
 
+import atexit
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-import numba
+import numpy as np
 
+from cpuinfer.kernels import parallel
 from cpuinfer.kernels.jit import config
 
-ALONE = 1 << 15  # numbers that one thread is done with before others would have begun
+
+def most_threads() -> int:
+    """The CPUs this process may run on, or what NUMBA_NUM_THREADS says."""
+    return int(config.NUMBA_NUM_THREADS)
 
 
-@dataclass
 class Team:
-    """How many threads may work now, and whether there are any."""
+    """A leader, which is whoever computes, and followers that sleep while nobody does.
 
-    threads: int = 1
-    forked: bool = False
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    Outside of `computing` one thread works alone, so a kernel may be called anywhere.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.forked = False
+        # A table must not share its cache lines with anything else.
+        raw = np.zeros(parallel.table_words(most_threads()) + 2 * parallel.LINE, np.int64)
+        self._words = raw[-(raw.ctypes.data // 8) % parallel.LINE :]
+        self.table = self._words.ctypes.data
+        self._followers: list[_Follower] = []
+        self.threads = 1
+
+    @property
+    def threads(self) -> int:
+        """How many threads a kernel called now is shared among."""
+        return int(self._words[parallel.THREADS // 8])
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        while len(self._followers) < count - 1:
+            self._followers.append(_Follower(self.table, len(self._followers) + 1))
+        self._words[parallel.THREADS // 8] = count
+
+    def begin_pass(self) -> None:
+        """Wake the followers, who will not sleep before `end_pass`."""
+        self._words[parallel.PASS // 8] = 1
+        for follower in self._followers[: self.threads - 1]:
+            follower.awake.set()
+
+    def end_pass(self) -> None:
+        """The followers wait a little for the next pass, then sleep."""
+        self._words[parallel.PASS // 8] = 0
 
     def mark_forked(self) -> None:
         """Threads do not survive a fork."""
         self.forked = True
 
-    def threads_for(self, size: int) -> int:
-        """Threads for work that is a few instructions for each of `size` numbers."""
-        return self.threads if size >= ALONE else 1
+    def dismiss(self) -> None:
+        """End the followers: their table must not go before them."""
+        self.end_pass()
+        for follower in self._followers:
+            follower.dismissed = True
+            follower.awake.set()
+            follower.join()
+
+
+class _Follower(threading.Thread):
+    """A thread at its own seat of the table; a daemon, for Python waits for others before atexit."""
+
+    def __init__(self, table: int, seat: int) -> None:
+        super().__init__(name=f"cpuinfer-{seat}", daemon=True)
+        self.table = table
+        self.seat = seat
+        self.awake = threading.Event()
+        self.dismissed = False
+        parallel.FOLLOW.prepare()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.awake.wait()
+            self.awake.clear()
+            if self.dismissed:
+                return
+            parallel.FOLLOW(self.table, self.seat)
 
 
 team = Team()
+atexit.register(team.dismiss)
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=team.mark_forked)
-
-
-def most_threads() -> int:
-    """The threads Numba has: the CPUs of this process, or NUMBA_NUM_THREADS."""
-    return int(config.NUMBA_NUM_THREADS)
 
 
 @contextmanager
@@ -46,6 +100,12 @@ def computing(threads: int) -> Iterator[None]:
     if team.forked:
         raise RuntimeError("the process was forked after cpuinfer was loaded: use spawn instead")
     with team.lock:
+        before = team.threads
         team.threads = min(threads, most_threads())
-        numba.set_num_threads(team.threads)
-        yield
+        team.begin_pass()
+        try:
+            yield
+        finally:
+            if before == 1:  # not a pass within a pass
+                team.end_pass()
+            team.threads = before

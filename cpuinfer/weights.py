@@ -111,10 +111,10 @@ def _pack_rows(
     """Rows of the file into their groups."""
     if qtype in INTEGER:
         form, _ = INTEGER[qtype]
-        PACK_32(data, form.first_word, words, form.half or 0, halves, team.threads)
+        PACK_32(data, form.first_word, words, form.half or 0, halves, team.table)
     else:
         whole_row = words.reshape(len(words), 1, -1, 16)  # to the packer a row is one block
-        FLOAT[qtype][0](data, 0, whole_row, 0, halves, team.threads)
+        FLOAT[qtype][0](data, 0, whole_row, 0, halves, team.table)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ import numba
 import pytest
 from command import run
 
-from cpuinfer import doctor, machine
+from cpuinfer import machine
 from cpuinfer.kernels import jit
 
 KEYS = {
@@ -21,7 +21,6 @@ KEYS = {
     "supported_instruction_sets",
     "threads",
     "threads_reason",
-    "threading_layer",
     "memory_available",
     "bandwidth",
     "cache_directory",
@@ -39,7 +38,6 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["numba"] == numba.__version__
     assert found["instruction_set"] == jit.ISA in found["supported_instruction_sets"]
     assert (found["threads"], found["threads_reason"]) == machine.threads()
-    assert found["threading_layer"] in ("tbb", "omp", "workqueue")
     assert found["bandwidth"] > 0 and found["memory_available"] > 0
     if jit.CACHE is not None:
         assert found["cache_directory"] == str(jit.CACHE) and found["cached_kernels"] >= 1
@@ -50,15 +48,6 @@ def test_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert result.code == 0
     assert re.search(rf"^instructions  {jit.ISA} \(this CPU runs: ", result.out, re.MULTILINE)
     assert re.search(r"^bandwidth     \d+\.\d GB/s read by \d+ threads$", result.out, re.MULTILINE)
-
-
-def test_the_plainest_threading_layer_is_a_warning_with_a_remedy(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(doctor, "threading_layer", lambda threads: "workqueue")
-    monkeypatch.setattr("sys.platform", "linux")
-    result = run(capsys, "doctor")
-    assert re.search(r"^warning       .*workqueue.*apt install libgomp1", result.out, re.MULTILINE)
 
 
 def test_a_cache_that_is_not_used_is_a_warning(

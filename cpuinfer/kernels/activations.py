@@ -9,11 +9,12 @@ that what a kernel reads lies together.
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, prange
 
+from cpuinfer.kernels.elementwise import PIECE
 from cpuinfer.kernels.integer import Correction
 from cpuinfer.kernels.jit import Kernel, kernel
-from cpuinfer.kernels.matmul import MOST
+from cpuinfer.kernels.matmul import tile_size
+from cpuinfer.kernels.parallel import shared
 from cpuinfer.kernels.simd import F32, I8, I32, Emitter, Value, emitted
 
 
@@ -65,20 +66,16 @@ def _store_correction(
 def _quantizer(kind: Correction) -> Kernel:
     write_block = emitted(_write_block(kind))
 
-    @njit(error_model="numpy")
-    def part(thread, x, q, d, correction, offset, threads):  # type: ignore[no-untyped-def]
+    @shared(f"quantize_{kind.name}_rows")
+    def rows(begin, end, seat, x, q, d, correction, offset):  # type: ignore[no-untyped-def]
         tokens, cols = x.shape
         blocks = cols // 32
         each = correction.size // d.size
-        for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
-            start, size = 0, MOST  # of the tile the token is in
-            while t >= start + size or start + size > tokens:
-                if start + size <= tokens:
-                    start += size
-                elif size > 4:
-                    size = 4
-                else:
-                    size //= 2
+        for t in range(begin, end):
+            start, size = 0, tile_size(tokens)  # of the tile the token is in
+            while t >= start + size:
+                start += size
+                size = tile_size(tokens - start)
             for block in range(blocks):
                 n = start * blocks + block * size + t - start
                 write_block(
@@ -89,17 +86,14 @@ def _quantizer(kind: Correction) -> Kernel:
                     offset,
                 )
 
-    @kernel(f"quantize_{kind.name}", "void(f4[:,::1],i1[::1],f4[::1],i4[::1],i8,i8)", parallel=True)
-    def quantize(x, q, d, correction, offset, threads):  # type: ignore[no-untyped-def]
+    @kernel(f"quantize_{kind.name}", "void(f4[:,::1],i1[::1],f4[::1],i4[::1],i8,i8)")
+    def quantize(x, q, d, correction, offset, table):  # type: ignore[no-untyped-def]
         """x (tokens, cols) float32 to q, d and correction as `integer.py` wants them.
 
         offset is what the correction multiplies the sum of the bytes with.
         """
-        if threads == 1:
-            part(0, x, q, d, correction, offset, 1)
-        else:
-            for thread in prange(threads):
-                part(thread, x, q, d, correction, offset, threads)
+        tokens, cols = x.shape
+        rows(table, tokens, max(1, PIECE // cols), (x, q, d, correction, offset))
 
     return quantize
 

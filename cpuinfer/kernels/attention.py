@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange
 
-from cpuinfer.kernels.jit import Kernel, kernel
+from cpuinfer.kernels.jit import Kernel, inner, kernel
+from cpuinfer.kernels.parallel import shared
 from cpuinfer.kernels.simd import F32, I64, LANES, Emitter, Value, emitted
 
 Load = Callable[[Emitter, Value], Value]
@@ -127,7 +127,7 @@ def _attention(name: str, number: str, size: int, load: Load) -> Kernel:
     mix_1, mix_2, mix_4 = (_mix(size, load, n) for n in (1, 2, 4))
     ring = f"{number}[:,:,::1]"
 
-    @njit(error_model="numpy")
+    @inner(f"attend_{name}_score")
     def score(n, x, keys, count, size, scale, out, stride):  # type: ignore[no-untyped-def]
         if n == 4:
             score_4(x, keys, count, size, scale, out, stride)
@@ -136,7 +136,7 @@ def _attention(name: str, number: str, size: int, load: Load) -> Kernel:
         else:
             score_1(x, keys, count, size, scale, out, stride)
 
-    @njit(error_model="numpy")
+    @inner(f"attend_{name}_weigh")
     def weigh(n, weights, stride, values, count, size, row, out):  # type: ignore[no-untyped-def]
         for i in range(0, count, VALUE_BLOCK):
             some = min(VALUE_BLOCK, count - i)
@@ -147,47 +147,48 @@ def _attention(name: str, number: str, size: int, load: Load) -> Kernel:
             else:
                 mix_1(weights + 4 * i, stride, values + i * row, some, size, out)
 
-    @kernel(
-        f"attend_{name}",
-        f"void(f4[:,:,::1],{ring},{ring},i8,i8,f4,f4[:,:,::1],f4[:,:,::1],i8)",
-        parallel=True,
-    )
-    def attend(q, keys, values, start, window, scale, scores, out, threads):  # type: ignore[no-untyped-def]
-        """out[t, h] = softmax(scale * q[t, h] . keys) . values over what position start + t sees.
-
-        q, out (T, H, S) float32, S a multiple of 16; keys, values (K, capacity, S) of one layer,
-        the new tokens' own included; scores (threads, H / K, window or more, a multiple of 16).
-        """
+    @shared(f"attend_{name}_items")
+    def some_items(begin, end, seat, q, keys, values, start, window, scale, scores, out):  # type: ignore[no-untyped-def]
         tokens, n_heads, size = q.shape
         n_kv_heads, capacity, _ = keys.shape
         group = n_heads // n_kv_heads
         stride = scores.shape[2]
         row = size * keys.itemsize
-        items = tokens * n_kv_heads
-        for thread in prange(threads):
-            for item in range(thread * items // threads, (thread + 1) * items // threads):
-                kv, t = item // tokens, item % tokens
-                first = max(0, start + t - window + 1)
-                count = start + t + 1 - first
-                run = min(count, capacity - first % capacity)  # slots before the ring's end
-                ring = kv * capacity * row
-                begin = ring + first % capacity * row
-                out[t, kv * group : (kv + 1) * group] = 0.0
-                head = 0
-                while head < group:
-                    n = 4 if group - head >= 4 else 2 if group - head >= 2 else 1
-                    here = (t * n_heads + kv * group + head) * size * 4
-                    x, o = q.ctypes.data + here, out.ctypes.data + here
-                    s = scores.ctypes.data + (thread * group + head) * stride * 4
-                    k, v = keys.ctypes.data, values.ctypes.data
-                    score(n, x, k + begin, run, size, scale, s, stride)
-                    score(n, x, k + ring, count - run, size, scale, s + 4 * run, stride)
-                    for i in range(head, head + n):
-                        scores[thread, i, count : (count + 15) // 16 * 16] = -np.inf
-                        _softmax(s + 4 * (i - head) * stride, (count + 15) // 16)
-                    weigh(n, s, stride, v + begin, run, size, row, o)
-                    weigh(n, s + 4 * run, stride, v + ring, count - run, size, row, o)
-                    head += n
+        for item in range(begin, end):
+            kv, t = item // tokens, item % tokens
+            first = max(0, start + t - window + 1)
+            count = start + t + 1 - first
+            run = min(count, capacity - first % capacity)  # slots before the ring's end
+            ring = kv * capacity * row
+            oldest = ring + first % capacity * row
+            out[t, kv * group : (kv + 1) * group] = 0.0
+            head = 0
+            while head < group:
+                n = 4 if group - head >= 4 else 2 if group - head >= 2 else 1
+                here = (t * n_heads + kv * group + head) * size * 4
+                x, o = q.ctypes.data + here, out.ctypes.data + here
+                s = scores.ctypes.data + (seat * group + head) * stride * 4
+                k, v = keys.ctypes.data, values.ctypes.data
+                score(n, x, k + oldest, run, size, scale, s, stride)
+                score(n, x, k + ring, count - run, size, scale, s + 4 * run, stride)
+                for i in range(head, head + n):
+                    scores[seat, i, count : (count + 15) // 16 * 16] = -np.inf
+                    _softmax(s + 4 * (i - head) * stride, (count + 15) // 16)
+                weigh(n, s, stride, v + oldest, run, size, row, o)
+                weigh(n, s + 4 * run, stride, v + ring, count - run, size, row, o)
+                head += n
+
+    @kernel(
+        f"attend_{name}", f"void(f4[:,:,::1],{ring},{ring},i8,i8,f4,f4[:,:,::1],f4[:,:,::1],i8)"
+    )
+    def attend(q, keys, values, start, window, scale, scores, out, table):  # type: ignore[no-untyped-def]
+        """out[t, h] = softmax(scale * q[t, h] . keys) . values over what position start + t sees.
+
+        q, out (T, H, S) float32, S a multiple of 16; keys, values (K, capacity, S) of one layer,
+        the new tokens' own included; scores (threads, H / K, window or more, a multiple of 16).
+        """
+        items = q.shape[0] * keys.shape[0]
+        some_items(table, items, 1, (q, keys, values, start, window, scale, scores, out))
 
     return attend
 

@@ -1,15 +1,17 @@
 """RMSNorm, rotary position embedding, SwiGLU's gate: what acts on each number of a row.
 
 Loops over independent numbers are plain: without fastmath, vectorizing them changes no bit.  The
-one sum, of squares, is 16 lane sums added in a fixed tree.  With one thread no parallel region is
-entered: for a single token that costs more than it saves, above all on a busy machine.
+one sum, of squares, is 16 lane sums added in a fixed tree.
 """
 
 import numpy as np
-from numba import njit, prange
 
 from cpuinfer.kernels.jit import kernel
+from cpuinfer.kernels.parallel import shared
 from cpuinfer.kernels.simd import LANES, Emitter, Value, emitted
+
+#: Numbers that take longer than it takes other threads to join: some microseconds.
+PIECE = 1 << 12
 
 
 @emitted
@@ -22,10 +24,10 @@ def _sum_squares(e: Emitter, x: Value, chunks: Value, out: Value) -> None:
     e.store(e.sum_lanes([e.get(s) for s in sums]), out)
 
 
-@njit(error_model="numpy")
-def _rms_norm_part(thread, x, weight, eps, squares, out, threads):  # type: ignore[no-untyped-def]
-    tokens, dim = x.shape
-    for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
+@shared("rms_norm_rows")
+def _rms_norm(begin, end, seat, x, weight, eps, squares, out):  # type: ignore[no-untyped-def]
+    dim = x.shape[1]
+    for t in range(begin, end):
         _sum_squares(x[t].ctypes.data, dim // 16, squares[t:].ctypes.data)
         for i in range(dim // 16 * 16, dim):
             squares[t] += x[t, i] * x[t, i]
@@ -34,42 +36,35 @@ def _rms_norm_part(thread, x, weight, eps, squares, out, threads):  # type: igno
             out[t, i] = x[t, i] * scale * weight[i]
 
 
-@kernel("rms_norm", "void(f4[:,::1],f4[::1],f4,f4[::1],f4[:,::1],i8)", parallel=True)
-def RMS_NORM(x, weight, eps, squares, out, threads):  # type: ignore[no-untyped-def]
+@kernel("rms_norm", "void(f4[:,::1],f4[::1],f4,f4[::1],f4[:,::1],i8)")
+def RMS_NORM(x, weight, eps, squares, out, table):  # type: ignore[no-untyped-def]
     """out = x / sqrt(mean(x^2) + eps) * weight, row by row (arXiv 1910.07467).
 
     x, out (T, D) float32; weight (D,); squares (T,) receives the sums of squares.
     """
-    if threads == 1:
-        _rms_norm_part(0, x, weight, eps, squares, out, 1)
-    else:
-        for thread in prange(threads):
-            _rms_norm_part(thread, x, weight, eps, squares, out, threads)
+    tokens, dim = x.shape
+    _rms_norm(table, tokens, max(1, PIECE // dim), (x, weight, eps, squares, out))
 
 
-@njit(error_model="numpy")
-def _rope_part(thread, x, cos, sin, threads):  # type: ignore[no-untyped-def]
-    tokens, heads, _ = x.shape
+@shared("rope_rows")
+def _rope(begin, end, seat, x, cos, sin):  # type: ignore[no-untyped-def]
     pairs = cos.shape[1]
-    for t in range(thread * tokens // threads, (thread + 1) * tokens // threads):
-        for head in range(heads):
+    for t in range(begin, end):
+        for head in range(x.shape[1]):
             for i in range(pairs):
                 even, odd = x[t, head, 2 * i], x[t, head, 2 * i + 1]
                 x[t, head, 2 * i] = even * cos[t, i] - odd * sin[t, i]
                 x[t, head, 2 * i + 1] = even * sin[t, i] + odd * cos[t, i]
 
 
-@kernel("rope", "void(f4[:,:,::1],f4[:,::1],f4[:,::1],i8)", parallel=True)
-def ROPE(x, cos, sin, threads):  # type: ignore[no-untyped-def]
+@kernel("rope", "void(f4[:,:,::1],f4[:,::1],f4[:,::1],i8)")
+def ROPE(x, cos, sin, table):  # type: ignore[no-untyped-def]
     """Rotate the adjacent pairs (2i, 2i + 1) of every head in place (arXiv 2104.09864).
 
     x (T, H, d) float32; cos, sin (T, rotated / 2): what lies beyond `rotated` stays.
     """
-    if threads == 1:
-        _rope_part(0, x, cos, sin, 1)
-    else:
-        for thread in prange(threads):
-            _rope_part(thread, x, cos, sin, threads)
+    tokens, heads, size = x.shape
+    _rope(table, tokens, max(1, PIECE // (heads * size)), (x, cos, sin))
 
 
 @emitted
@@ -83,18 +78,13 @@ def _silu_chunk(e: Emitter, gate: Value, up: Value) -> None:
         e.store(e.b.fmul(e.b.fdiv(g, denominator), u), place)
 
 
-@njit(error_model="numpy")
-def _silu_mul_part(thread, gate, up, threads):  # type: ignore[no-untyped-def]
-    chunks = gate.size // 16
-    for c in range(thread * chunks // threads, (thread + 1) * chunks // threads):
+@shared("silu_mul_chunks")
+def _silu_mul(begin, end, seat, gate, up):  # type: ignore[no-untyped-def]
+    for c in range(begin, end):
         _silu_chunk(gate.ctypes.data + 64 * c, up.ctypes.data + 64 * c)
 
 
-@kernel("silu_mul", "void(f4[::1],f4[::1],i8)", parallel=True)
-def SILU_MUL(gate, up, threads):  # type: ignore[no-untyped-def]
+@kernel("silu_mul", "void(f4[::1],f4[::1],i8)")
+def SILU_MUL(gate, up, table):  # type: ignore[no-untyped-def]
     """gate = silu(gate) * up in place; both (n,) float32, n a multiple of 16 (arXiv 2002.05202)."""
-    if threads == 1:
-        _silu_mul_part(0, gate, up, 1)
-    else:
-        for thread in prange(threads):
-            _silu_mul_part(thread, gate, up, threads)
+    _silu_mul(table, gate.size // 16, PIECE // 16, (gate, up))

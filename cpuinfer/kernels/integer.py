@@ -26,6 +26,10 @@ from cpuinfer.kernels.jit import Kernel
 from cpuinfer.kernels.matmul import matmul, store_sums
 from cpuinfer.kernels.simd import I64, LANES, Emitter, Value
 
+#: Bytes of weights between what is fetched and what is multiplied.  With one token a core asks for
+#: new weights often enough by itself; the more tokens, the more of memory's time it would wait out.
+AHEAD = 8192
+
 
 class Correction(Enum):
     """What a format wants to know of 32 activations besides their bytes q and their scale d."""
@@ -72,6 +76,9 @@ def _tile(form: Format, tokens: int) -> Callable[..., None]:
     """The writer of out[token, 16 rows] for one group of rows and `tokens` tokens."""
     each = 8 if form.correction is Correction.HALF_OFFSETS else 4  # correction bytes
     per_round = form.blocks // form.rounds
+    line = 4 * LANES  # bytes of a word of 16 rows, and of a cache line
+    ahead = -(-AHEAD // (form.words * line))  # file blocks
+    fetched = form.words // form.rounds * line  # bytes in a round
 
     def tile(
         e: Emitter,
@@ -87,11 +94,17 @@ def _tile(form: Format, tokens: int) -> Callable[..., None]:
         sums = [[e.variable(e.zeros()) for _ in range(e.parts)] for _ in range(tokens)]
         with e.loop(file_blocks) as outer:
             for part in range(e.parts):
-                w = e.at(e.at(words, 4 * part * e.width), outer, form.words * LANES * 4)
+                w = e.at(e.at(words, 4 * part * e.width), outer, form.words * line)
                 h = e.at(e.at(halves, 2 * part * e.width), outer, LANES * 2)
+                if part == 0 and form.half is not None:
+                    e.prefetch(e.at(h, ahead, LANES * 2))
                 with e.loop(ir.Constant(I64, form.rounds)) as inner:
                     first = e.at(e.at(ir.Constant(I64, 0), outer, form.blocks), inner, per_round)
                     for i, block in enumerate(form.unpack(e, w, h, inner)):
+                        if part == 0:
+                            next_words = e.at(e.at(w, ahead, form.words * line), inner, fetched)
+                            for word in range(i, form.words // form.rounds, per_round):
+                                e.prefetch(e.at(next_words, word, line))
                         n = e.at(first, i)  # number of the block in a row
                         for t in range(tokens):
                             here = _Activations(

@@ -43,10 +43,6 @@ def _target(isa: str) -> tuple[str | None, str | None]:
     return "generic" if platform.machine() in ("aarch64", "arm64") else "x86-64", ""
 
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    # GNU OpenMP's threads wait for each other by spinning, by default for so long that on a busy
-    # machine, with two of them on one core, a region takes 8 ms instead of microseconds.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if os.environ.get("NUMBA_CPU_NAME") is None:
     config.CPU_NAME, config.CPU_FEATURES = _target(ISA)
 
@@ -59,7 +55,8 @@ def _fingerprint() -> str:
     features = config.CPU_FEATURES
     if features is None:
         features = binding.get_host_cpu_features().flatten()
-    for part in (numba.__version__, llvmlite.__version__, sys.version, cpu, features, ISA):
+    versions = (numba.__version__, llvmlite.__version__, sys.version)
+    for part in (*versions, cpu, features, ISA, config.BOUNDSCHECK):
         digest.update(f"\0{part}".encode())
     return digest.hexdigest()[:16]
 
@@ -119,12 +116,11 @@ _compiling = threading.Lock()
 class Kernel:
     """A jitted function with one signature, compiled (or loaded) by `prepare` or its first call."""
 
-    def __init__(self, function: Callable[..., Any], signature: Any, parallel: bool) -> None:
+    def __init__(self, function: Callable[..., Any], signature: Any) -> None:
         self.name = function.__qualname__
         self.signature = signature
         self._ready = False
-        compiler = numba.njit(nogil=True, error_model="numpy", parallel=parallel)
-        self._dispatcher = compiler(function)
+        self._dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
         if CACHE is not None:
             # What numba's own cache=True sets, to its FunctionCache.
             self._dispatcher._cache = _TolerantCache(function)  # type: ignore[attr-defined]
@@ -146,9 +142,21 @@ class Kernel:
         return self._dispatcher(*arguments)
 
 
-def kernel(
-    name: str, signature: Any, parallel: bool = False
-) -> Callable[[Callable[..., Any]], Kernel]:
+def inner(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Jit a function that kernels call, under a name of its own.
+
+    A cached kernel brings along what it calls, by name.  Two functions of one name, made by one
+    closure for two formats and cached by two processes, would be taken for each other.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        function.__name__ = function.__qualname__ = name
+        return numba.njit(error_model="numpy")(function)
+
+    return wrap
+
+
+def kernel(name: str, signature: Any) -> Callable[[Callable[..., Any]], Kernel]:
     """The one decorator of kernels: explicit signature, nogil, no fastmath, cached on disk.
 
     `name` tells apart kernels that one function makes for several formats.  Numba fuses nothing
@@ -157,6 +165,6 @@ def kernel(
 
     def wrap(function: Callable[..., Any]) -> Kernel:
         function.__name__ = function.__qualname__ = name
-        return Kernel(function, signature, parallel)
+        return Kernel(function, signature)
 
     return wrap

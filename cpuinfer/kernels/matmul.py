@@ -8,14 +8,17 @@ nor the thread it lands in changes its value.
 from collections.abc import Callable
 from typing import Any
 
-from numba import prange
+from numba import njit
 
 from cpuinfer.kernels.jit import ISA, Kernel, kernel
+from cpuinfer.kernels.parallel import shared
 from cpuinfer.kernels.simd import Emitter, Value, emitted
 
-#: The most tokens that meet a weight while it is in registers, by the number of registers; the
-#: tiles are this, 4, 2 and 1.
-MOST = 12 if ISA == "avx512vnni" else 4
+#: How many tokens may meet a weight while it is in registers; the most is a matter of how many
+#: registers there are.  Tokens are put into the largest tiles that they fill.
+TILES = (12, 8, 4, 2, 1) if ISA == "avx512vnni" else (4, 2, 1)
+#: Bytes of weights, times tokens, that a thread takes at once: some microseconds of work.
+PIECE = 1 << 17
 
 
 def store_sums(e: Emitter, sums: list[list[Value]], out: Value, stride: Value) -> None:
@@ -25,18 +28,61 @@ def store_sums(e: Emitter, sums: list[list[Value]], out: Value, stride: Value) -
             e.store(e.get(total), e.at(e.at(out, 4 * part * e.width), stride, 4 * t))
 
 
+@njit(error_model="numpy")
+def tile_size(tokens):  # type: ignore[no-untyped-def]
+    """How many of the next `tokens` tokens are the next tile."""
+    for size in TILES:
+        if size <= tokens:
+            return size
+    return 1
+
+
 def matmul(name: str, write_tile: Callable[[int], Any], words: str = "u4") -> Kernel:
     """The kernel whose tile for n tokens is written by `write_tile(n)`.
 
     `words` is the dtype of the packed words, as Numba writes it.
     """
-    tile_1, tile_2, tile_4 = (emitted(write_tile(n)) for n in (1, 2, 4))
-    tile_most = emitted(write_tile(MOST)) if MOST > 4 else tile_4
+
+    @emitted
+    def tile(
+        e: Emitter,
+        size: Value,
+        words: Value,
+        halves: Value,
+        blocks: Value,
+        x: Value,
+        d: Value,
+        correction: Value,
+        out: Value,
+        stride: Value,
+    ) -> None:
+        for n in TILES:
+            with e.case(size, n):
+                write_tile(n)(e, words, halves, blocks, x, d, correction, out, stride)
+
     packed = f"{words}[:,:,:,::1],u2[:,:,::1],i8[:,::1]"
     signature = f"void(i1[::1],f4[::1],i4[::1],{packed},f4[::1],i8,i8)"
 
-    @kernel(f"matmul_{name}", signature, parallel=True)
-    def product(x, d, correction, words, halves, places, out, tokens, threads):  # type: ignore[no-untyped-def]
+    @shared(f"matmul_{name}_groups")
+    def some_groups(begin, end, seat, x, d, correction, words, halves, places, out, tokens):  # type: ignore[no-untyped-def]
+        blocks = words.shape[1]
+        for g in range(begin, end):
+            w = words.ctypes.data + g * words[0].nbytes
+            h = halves.ctypes.data + g * halves[0].nbytes
+            start, stride = places[g]
+            first = tokens * start + 16 * g - start
+            t = 0
+            while t < tokens:
+                size = tile_size(tokens - t)
+                a = x.ctypes.data + t * (x.nbytes // tokens)
+                s = d.ctypes.data + t * (d.nbytes // tokens)
+                c = correction.ctypes.data + t * (correction.nbytes // tokens)
+                o = out.ctypes.data + (first + t * stride) * 4
+                tile(size, w, h, blocks, a, s, c, o, stride)
+                t += size
+
+    @kernel(f"matmul_{name}", signature)
+    def product(x, d, correction, words, halves, places, out, tokens, table):  # type: ignore[no-untyped-def]
         """out[t, r] = sum over c of x[t, c] * weight[r, c], for the rows of one or more matrices.
 
         x (tokens * bytes of a row,) int8, d float32 and correction int32 as `activations.py` makes
@@ -45,31 +91,8 @@ def matmul(name: str, write_tile: Callable[[int], Any], words: str = "u4") -> Ke
         one matrix (tokens, its rows) after the other.  places (groups, 2) says of each group where
         its matrix begins, in rows, and how many rows that has; both in whole groups.
         """
-        groups, blocks = words.shape[0], words.shape[1]
-        for thread in prange(threads):
-            for g in range(thread * groups // threads, (thread + 1) * groups // threads):
-                w = words.ctypes.data + g * words[0].nbytes
-                h = halves.ctypes.data + g * halves[0].nbytes
-                start, stride = places[g]
-                first = tokens * start + 16 * g - start
-                t = 0
-                while t < tokens:
-                    left = tokens - t
-                    a = x.ctypes.data + t * (x.nbytes // tokens)
-                    s = d.ctypes.data + t * (d.nbytes // tokens)
-                    c = correction.ctypes.data + t * (correction.nbytes // tokens)
-                    o = out.ctypes.data + (first + t * stride) * 4
-                    if left >= MOST:
-                        tile_most(w, h, blocks, a, s, c, o, stride)
-                        t += MOST
-                    elif left >= 4:
-                        tile_4(w, h, blocks, a, s, c, o, stride)
-                        t += 4
-                    elif left >= 2:
-                        tile_2(w, h, blocks, a, s, c, o, stride)
-                        t += 2
-                    else:
-                        tile_1(w, h, blocks, a, s, c, o, stride)
-                        t += 1
+        piece = max(1, PIECE // (words[0].nbytes * tokens))
+        arguments = (x, d, correction, words, halves, places, out, tokens)
+        some_groups(table, len(words), piece, arguments)
 
     return product

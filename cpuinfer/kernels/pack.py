@@ -6,10 +6,14 @@ Packing moves whole units (32-bit words, or 16-bit numbers) and changes none.
 from typing import Any
 
 from llvmlite import ir
-from numba import prange, types
+from numba import types
 
 from cpuinfer.kernels.jit import Kernel, kernel
+from cpuinfer.kernels.parallel import shared
 from cpuinfer.kernels.simd import I16, I32, I64, Emitter, Value, emitted
+
+#: Groups of rows a thread takes at once.
+PIECE = 4
 
 
 def _write_move(kind: Any) -> Any:
@@ -66,38 +70,41 @@ def _packer(kind: Any, number: Any) -> Kernel:
         types.int64,
     )
 
-    @kernel(f"pack_{kind.width}", signature, parallel=True)
-    def pack(rows, first, words, half, halves, threads):  # type: ignore[no-untyped-def]
+    @shared(f"pack_{kind.width}_groups")
+    def some_groups(begin, end, seat, rows, first, words, half, halves):  # type: ignore[no-untyped-def]
+        _, blocks, count, _ = words.shape
+        row_bytes = rows.shape[1]
+        unit = words.itemsize
+        for g in range(begin, end):
+            here = min(16, rows.shape[0] - 16 * g)
+            if here < 16:
+                words[g] = 0
+                halves[g] = 0
+            fours = count // 4 if here == 16 else 0
+            source = rows.ctypes.data + 16 * g * row_bytes
+            target = words.ctypes.data + g * words[0].nbytes
+            half_target = halves.ctypes.data + g * halves[0].nbytes
+            for _ in range(blocks):
+                transpose(source + first, row_bytes, target, fours)
+                for r in range(here):
+                    row = source + r * row_bytes
+                    done = 4 * fours
+                    place = target + (16 * done + r) * unit
+                    move(row + first + done * unit, place, count - done)
+                    if halves.shape[1]:
+                        move_half(row + half, half_target + 2 * r, 1)
+                source += row_bytes // blocks
+                target += count * 16 * unit
+                half_target += 32
+
+    @kernel(f"pack_{kind.width}", signature)
+    def pack(rows, first, words, half, halves, table):  # type: ignore[no-untyped-def]
         """rows (n, row bytes) to words (groups, blocks, words, 16) and halves (groups, blocks, 16).
 
         A block of a row has its words from byte `first` on and a half at byte `half`.  Rows that
         fill up the last group are zeros.  `halves` has no blocks where the format has no half.
         """
-        groups, blocks, count, _ = words.shape
-        row_bytes = rows.shape[1]
-        unit = words.itemsize
-        for thread in prange(threads):
-            for g in range(thread * groups // threads, (thread + 1) * groups // threads):
-                here = min(16, rows.shape[0] - 16 * g)
-                if here < 16:
-                    words[g] = 0
-                    halves[g] = 0
-                fours = count // 4 if here == 16 else 0
-                source = rows.ctypes.data + 16 * g * row_bytes
-                target = words.ctypes.data + g * words[0].nbytes
-                half_target = halves.ctypes.data + g * halves[0].nbytes
-                for _ in range(blocks):
-                    transpose(source + first, row_bytes, target, fours)
-                    for r in range(here):
-                        row = source + r * row_bytes
-                        done = 4 * fours
-                        place = target + (16 * done + r) * unit
-                        move(row + first + done * unit, place, count - done)
-                        if halves.shape[1]:
-                            move_half(row + half, half_target + 2 * r, 1)
-                    source += row_bytes // blocks
-                    target += count * 16 * unit
-                    half_target += 32
+        some_groups(table, len(words), PIECE, (rows, first, words, half, halves))
 
     return pack
 

@@ -92,6 +92,12 @@ class Emitter:
     def store(self, value: Value, address: Value, align: int = 4) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer())).align = align
 
+    def prefetch(self, address: Value) -> None:
+        """Have the cache line at `address`, which may be anywhere, brought near."""
+        place = self.b.inttoptr(address, I8.as_pointer())
+        hints = [ir.Constant(I32, n) for n in (0, 3, 1)]  # to read, into the first cache, data
+        self.call("llvm.prefetch.p0", ir.VoidType(), place, *hints)
+
     def load_ints(self, address: Value) -> Value:
         return self.load(address, self.i32v, 4)
 
@@ -304,6 +310,12 @@ class Emitter:
         """A loop at run time; yields the index, a 64-bit integer."""
         with cgutils.for_range(self.b, count) as loop:
             yield loop.index
+
+    @contextmanager
+    def case(self, number: Value, constant: int) -> Iterator[None]:
+        """What runs if the integer `number` is `constant`."""
+        with self.b.if_then(self.b.icmp_signed("==", number, number.type(constant))):
+            yield
 
     def variable(self, initial: Value) -> Value:
         """A slot that a loop may change (`get`, `set`); LLVM turns it into a register."""
