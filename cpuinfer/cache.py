@@ -11,28 +11,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-DTYPES: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.uint16), "f32": np.dtype(np.float32)}
+#: What the rows of a cache type are arrays of.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "f16": np.dtype(np.uint16),
+    "f32": np.dtype(np.float32),
+    "q8_0": np.dtype(np.uint8),
+}
 
 
-def padded(head_dim: int) -> int:
-    """Numbers a head takes in the cache: whole vectors of 16, the rest zero."""
-    return -(-head_dim // 16) * 16
+def padded(head_dim: int, kv_type: str = "f16") -> int:
+    """Numbers a head takes in the cache, the last ones zero: kernels know whole chunks only."""
+    chunk = 64 if kv_type == "q8_0" else 16
+    return -(-head_dim // chunk) * chunk
+
+
+def row_size(head_dim: int, kv_type: str) -> int:
+    """Elements of the row of a key or value; as q8_0 bytes, and 2 for the scale of each 32."""
+    numbers = padded(head_dim, kv_type)
+    return numbers + numbers // 16 if kv_type == "q8_0" else numbers
 
 
 class KVCache:
-    """keys, values (layers, K, capacity, padded head_dim) and the position of the next token.
+    """keys, values (layers, K, capacity, row) of the positions first to offset - 1.
 
-    Half precision is kept as its 16-bit patterns (uint16).
+    Rows are what kernels/ring.py writes: floats, the 16-bit patterns of half precision, or 8-bit
+    numbers and their scales.
     """
 
     def __init__(
         self, n_layers: int, n_kv_heads: int, head_dim: int, capacity: int, kv_type: str = "f16"
     ) -> None:
-        shape = (n_layers, n_kv_heads, capacity, padded(head_dim))
+        shape = (n_layers, n_kv_heads, capacity, row_size(head_dim, kv_type))
         self.kv_type = kv_type
         self.keys: npt.NDArray[Any] = np.zeros(shape, DTYPES[kv_type])
         self.values: npt.NDArray[Any] = np.zeros(shape, DTYPES[kv_type])
         self.offset = 0
+        self.first = 0
 
     @property
     def capacity(self) -> int:
@@ -44,13 +58,34 @@ class KVCache:
         """Bytes of keys and values, whatever the offset."""
         return self.keys.nbytes + self.values.nbytes
 
+    def claim(self, n: int) -> None:
+        """`n` positions from the offset on may be written from now on, to some layers at least:
+        what their slots held is lost even if the offset never moves."""
+        self.first = max(self.first, self.offset + n - self.capacity)
+
     def advance(self, n: int) -> None:
         """`n` positions have been written to every layer."""
+        self.claim(n)
         self.offset += n
+
+    def holds(self, offset: int, window: int | None) -> bool:
+        """Whether a token at `offset` would find every key before it that it sees."""
+        oldest = 0 if window is None else max(0, offset - window + 1)
+        return offset == 0 or (self.first <= oldest and offset <= self.offset)
+
+    def rewind(self, offset: int) -> None:
+        """Forget the positions from `offset` on; it must be one that the cache `holds`.
+
+        What was overwritten stays lost.  With a capacity of window + chunk - 1 a pass of up to
+        chunk tokens can always be taken back.
+        """
+        assert 0 <= offset <= self.offset, (offset, self.offset)
+        self.offset = offset
+        self.first = min(self.first, offset)
 
     def reset(self) -> None:
         """Forget the sequence; the memory stays."""
-        self.offset = 0
+        self.rewind(0)
 
     def take_memory(self) -> None:
         """Touch every page now, so that a ring has its final size from the start."""
@@ -63,4 +98,4 @@ def cache_bytes(
 ) -> int:
     """What a KVCache of this shape will take."""
     positions = n_layers * n_kv_heads * capacity
-    return 2 * positions * padded(head_dim) * DTYPES[kv_type].itemsize
+    return 2 * positions * row_size(head_dim, kv_type) * DTYPES[kv_type].itemsize

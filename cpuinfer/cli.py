@@ -6,6 +6,7 @@ An error is one line on standard error that names the file and what is wrong, an
     65        a model file that is malformed or unsupported (ModelFormatError), or whose weights
               give no numbers (NumericsError); a prompt file that is not UTF-8
     66        an input file that is missing or cannot be opened (OSError with a file name)
+    73        an output file that cannot be made
     74        reading or writing failed (other OSErrors)
     75        not enough memory now (MemoryError)
     130, 143  interrupted: Ctrl-C (SIGINT), SIGTERM
@@ -35,6 +36,7 @@ _COMMANDS = {
         commands.inspect,
         commands.doctor,
         commands.warmup,
+        commands.bench,
     )
 }
 
@@ -87,6 +89,8 @@ def _explain(error: Exception) -> tuple[int, str] | None:
     match error:
         case ModelFormatError() | NumericsError() | commands.BadInput():
             return 65, str(error)
+        case commands.BadOutput():
+            return 73, str(error)
         case MemoryError():
             return 75, str(error) or "not enough memory"
         case OSError():

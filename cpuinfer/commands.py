@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from importlib import resources
@@ -30,6 +30,10 @@ _COMMON_TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16")
 
 class BadInput(Exception):
     """Input, other than a model file, that is not what it should be."""
+
+
+class BadOutput(Exception):
+    """A file that cannot be made."""
 
 
 def generate(arguments: Namespace) -> None:
@@ -143,6 +147,44 @@ def warmup(arguments: Namespace) -> None:
         print(f"{compiled} of {len(kernels)} kernels compiled, {place}")
 
 
+def bench(arguments: Namespace) -> None:
+    """Measure a model on this machine."""
+    from cpuinfer import bench
+
+    settings = bench.Settings(**options.measuring(arguments))
+    draw = _plotter(Path(arguments.plot)) if hasattr(arguments, "plot") else None
+    llm = _load(arguments, Progress(sys.stderr))
+    say = note if sys.stderr.isatty() else lambda message: None
+    report = bench.examine(llm, settings, options.loading(arguments), say)
+    if arguments.json:
+        _print_json(report)
+    else:
+        for line in bench.text(report):
+            print(line)
+    if draw is not None:
+        draw(report)
+
+
+def _plotter(path: Path) -> Callable[[Any], None]:
+    """What draws a report to `path`; that it cannot be done is found before the measurements."""
+    try:
+        from cpuinfer import bench_plot
+    except ImportError as error:
+        raise ValueError(
+            f"--plot needs matplotlib (pip install 'cpuinfer[plot]'): {error}"
+        ) from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BadOutput(f"{path}: the file cannot be made")
+
+    def draw(report: Any) -> None:
+        try:
+            bench_plot.draw(report, path)
+        except OSError as error:
+            raise BadOutput(f"{path}: {error.strerror or error}") from None
+
+    return draw
+
+
 # What commands share
 
 
@@ -209,27 +251,23 @@ def _setup(llm: "LLM") -> str:
 
 def _stats(llm: "LLM", completion: "Completion") -> Iterator[str]:
     from cpuinfer import machine
+    from cpuinfer.cost import bytes_per_token
 
     seconds = completion.timings
     tokens = completion.completion_tokens - 1  # the first one comes out of the prompt
     rate = tokens / seconds.generation_seconds if tokens > 0 else 0.0
-    prompt_rate = completion.prompt_tokens / seconds.prompt_seconds
-    read = rate * _bytes_per_token(llm) / 1e9
+    prompt_rate = (completion.prompt_tokens - completion.cached_tokens) / seconds.prompt_seconds
+    passes = tokens - completion.accepted_tokens  # each reads the weights once
+    read = rate * passes / max(1, tokens) * bytes_per_token(llm.file) / 1e9
     yield (
-        f"prompt {completion.prompt_tokens} tokens, {prompt_rate:.1f} tok/s; "
-        f"generation {completion.completion_tokens} tokens, {rate:.1f} tok/s, {read:.2f} GB/s"
+        f"prompt {completion.prompt_tokens} tokens ({completion.cached_tokens} cached), "
+        f"{prompt_rate:.1f} tok/s; generation {completion.completion_tokens} tokens "
+        f"({completion.accepted_tokens} of {completion.drafted_tokens} drafted right), "
+        f"{rate:.1f} tok/s, {read:.2f} GB/s"
     )
     memory = machine.format_bytes(machine.resident_memory())
     computing = f"{machine.instruction_set()}, {llm.threads} threads"
     yield f"{_setup(llm)}; memory {memory}; {computing}"
-
-
-def _bytes_per_token(llm: "LLM") -> int:
-    """The weights each token is computed from: all but an embedding table of its own."""
-    tensors = llm.file.tensors
-    nbytes = sum(tensor.data.nbytes for tensor in tensors.values())
-    tied = "output.weight" not in tensors
-    return nbytes if tied else nbytes - tensors["token_embd.weight"].data.nbytes
 
 
 def _write(text: str) -> None:

@@ -38,13 +38,21 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished text.  `token_ids` are all tokens chosen, those of a cut-off stop string too."""
+    """A finished text.  `token_ids` are all tokens chosen, those of a cut-off stop string too.
+
+    `cached_tokens` of the prompt were still there from the request before and not computed again.
+    `drafted_tokens` were guessed ahead and computed in one pass with the token before them, and
+    `accepted_tokens` of these were what the sampler chose.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     timings: Timings
     seed: int
     logprobs: tuple[TokenLogprob, ...] | None = None

@@ -17,6 +17,7 @@ _PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece")
 def examine() -> Report:
     """The facts, and `warnings` about what could be better; measures for about a second."""
     threads, reason = machine.threads()
+    decode_threads, decode_reason = machine.decode_threads(threads)
     kept = machine.cache_directory()
     warnings = [] if kept.warning is None else [kept.warning]
     return {
@@ -29,6 +30,8 @@ def examine() -> Report:
         "supported_instruction_sets": machine.supported_instruction_sets(),
         "threads": threads,
         "threads_reason": reason,
+        "decode_threads": decode_threads,
+        "decode_threads_reason": decode_reason,
         "memory_available": machine.memory_available(),
         "bandwidth": round(machine.read_bandwidth(threads), 2),
         "cache_directory": None if jit.CACHE is None else str(jit.CACHE),
@@ -48,6 +51,7 @@ def text(report: Report) -> Iterator[str]:
         "cpu": report["cpu"],
         "instructions": f"{report['instruction_set']} (this CPU runs: {supported})",
         "threads": f"{report['threads']} ({report['threads_reason']})",
+        "decoding": f"{report['decode_threads']} threads ({report['decode_threads_reason']})",
         "memory": f"{machine.format_bytes(report['memory_available'])} available",
         "bandwidth": f"{report['bandwidth']:.1f} GB/s read by {report['threads']} threads",
         "kernels": "kept nowhere"

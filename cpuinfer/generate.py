@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cpuinfer.cache import KVCache
 from cpuinfer.models.llama import Span
 from cpuinfer.sampling import Sampled, Sampler
+from cpuinfer.speculate import Costs, Drafts
 
 Floats = npt.NDArray[np.float32]
 FinishReason = Literal["stop", "length"]
@@ -39,11 +40,16 @@ class ContextLengthExceeded(ValueError):
 
 @dataclass
 class Generation:
-    """A request on its way: its ids so far and, when it has ended by itself, why."""
+    """A request on its way: its ids so far and, when it has ended by itself, why.
+
+    Of `drafted` tokens `accepted` were what the sampler chose.
+    """
 
     prompt: Sequence[int]
     tokens: list[int]
     finish_reason: FinishReason | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 def prefill(
@@ -59,22 +65,20 @@ def prefill(
     A chunk's logits are those of its tokens among the last `n_logits` of the prompt, (n, V) with n
     possibly 0.  `progress(done, total)` is called after each chunk.
     """
-    ids = np.asarray(prompt, np.int32)
-    for start in range(0, len(ids), model.chunk):
-        some = ids[start : start + model.chunk]
+    for start in range(0, len(prompt), model.chunk):
+        some = prompt[start : start + model.chunk]
         end = start + len(some)
-        wanted = max(0, end - max(start, len(ids) - n_logits))
-        yield model.forward([Span(some, cache, wanted)], cancel)
+        wanted = max(0, end - max(start, len(prompt) - n_logits))
+        yield _append(model, some, cache, wanted, cancel)
         if progress is not None:
-            progress(end, len(ids))
+            progress(end, len(prompt))
 
 
 def decode(
-    model: Model, token: int, cache: KVCache, cancel: threading.Event | None = None
+    model: Model, tokens: Sequence[int], cache: KVCache, cancel: threading.Event | None = None
 ) -> Floats:
-    """Append one token; the logits (V,) of what comes after it."""
-    logits: Floats = model.forward([Span(np.array([token], np.int32), cache, 1)], cancel)[0]
-    return logits
+    """Append some tokens; the logits (T, V) of what comes after each."""
+    return _append(model, tokens, cache, len(tokens), cancel)
 
 
 def generate(
@@ -85,31 +89,77 @@ def generate(
     cache: KVCache,
     cancel: threading.Event | None = None,
     progress: Callable[[int, int], None] | None = None,
+    costs: Costs | None = None,
 ) -> Iterator[Sampled]:
-    """Continue a prompt on an empty cache; each token is yielded when it is chosen.
+    """Continue a prompt of which `cache` holds the beginning, if anything, but not all.
 
-    `generation` is kept up to date: "stop" after an id of `eog_ids`, which is not yielded,
-    "length" after max_tokens or when the context is full.  ValueError without a prompt,
-    ContextLengthExceeded if it fills the context, NumericsError for logits that are not numbers.
+    Each token is yielded when it is chosen, and `generation` kept up to date: "stop" after an id
+    of `eog_ids`, which is not yielded, "length" after max_tokens or when the context is full.
+    With `costs` tokens are drafted where that is faster; the tokens chosen are the same.  The cache
+    may hold more drafts than tokens were chosen whenever this is left.
+
+    ValueError without a prompt, ContextLengthExceeded if it fills the context, NumericsError for
+    logits that are not numbers.
     """
     prompt = generation.prompt
     if not len(prompt):
         raise ValueError("there is no prompt, and the model has no BOS token to begin with")
     if len(prompt) >= model.context_length:
         raise ContextLengthExceeded(len(prompt), model.context_length)
-    room = min(sampler.params.max_tokens, model.context_length - len(prompt))
-    *_, last = prefill(model, prompt, cache, cancel, progress)
-    logits = last[-1]
+    left = min(sampler.params.max_tokens, model.context_length - len(prompt))
+    *_, rows = prefill(model, prompt[cache.offset :], cache, cancel, progress)
     history = list(prompt)
-    for left in range(room - 1, -1, -1):
-        sampled = sampler.sample(logits, history)
-        if sampled.token in eog_ids:
-            generation.finish_reason = "stop"
-            return
-        history.append(sampled.token)
-        generation.tokens.append(sampled.token)
-        if left == 0:
-            generation.finish_reason = "length"
-        yield sampled
-        if left:
-            logits = decode(model, sampled.token, cache, cancel)
+    drafts = None if costs is None else Drafts(prompt, costs)
+    draft: list[int] = []
+    while True:
+        for logits, drafted in zip(rows, [*draft, None], strict=True):
+            sampled = sampler.sample(logits, history)
+            if sampled.token in eog_ids:
+                generation.finish_reason = "stop"
+                return
+            history.append(sampled.token)
+            generation.tokens.append(sampled.token)
+            generation.accepted += sampled.token == drafted
+            left -= 1
+            if left == 0:
+                generation.finish_reason = "length"
+            yield sampled
+            if left == 0:
+                return
+            if drafts is not None:
+                drafts.append(sampled.token)
+            if sampled.token != drafted:
+                break
+        cache.rewind(len(history) - 1)
+        if drafts is None:
+            rows = decode(model, history[-1:], cache, cancel)
+        else:
+            draft, rows = _decode_draft(model, history, drafts, left, cache, cancel)
+            generation.drafted += len(draft)
+
+
+def _decode_draft(
+    model: Model,
+    history: Sequence[int],
+    drafts: Drafts,
+    left: int,
+    cache: KVCache,
+    cancel: threading.Event | None,
+) -> tuple[list[int], Floats]:
+    """Append the last token and those drafted to follow it, `left` together at most: the draft, and
+    the logits of what comes after each."""
+    draft = drafts.draft(min(left, model.chunk))
+    start = drafts.costs.clock()
+    rows = decode(model, [history[-1], *draft], cache, cancel)
+    drafts.costs.record(len(rows), drafts.costs.clock() - start)
+    return draft, rows
+
+
+def _append(
+    model: Model,
+    tokens: Sequence[int],
+    cache: KVCache,
+    n_logits: int,
+    cancel: threading.Event | None,
+) -> Floats:
+    return model.forward([Span(np.asarray(tokens, np.int32), cache, n_logits)], cancel)

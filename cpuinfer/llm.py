@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpuinfer import chat, generate, machine, ops
-from cpuinfer.cache import KVCache
+from cpuinfer.cache import DTYPES, KVCache
 from cpuinfer.completion import Chunk, Completion, Stream, Timings, TokenLogprob
 from cpuinfer.config import ModelConfig, SlidingWindow
 from cpuinfer.generate import Generation
@@ -22,11 +22,12 @@ from cpuinfer.models import ARCHITECTURES
 from cpuinfer.models.llama import Llama, check_tensors
 from cpuinfer.plan import fitting_context, memory_plan
 from cpuinfer.sampling import Sampled, Sampler, SamplingParams
+from cpuinfer.speculate import Costs
 from cpuinfer.team import most_threads
 from cpuinfer.tokenizer import StopStrings, StreamDecoder, Tokenizer, load_tokenizer
 from quant.ggml_types import GGMLType
 
-KVType = Literal["f32", "f16"]
+KVType = Literal["f32", "f16", "q8_0"]
 Message = Mapping[str, Any]
 #: Called with a stage ("compile", "load", "prompt"), how much is done, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -40,21 +41,26 @@ class LLM:
         model: str | os.PathLike[str],
         context_length: int | None = None,
         threads: int | None = None,
+        prefill_threads: int | None = None,
         sliding_window: SlidingWindow = "auto",
         kv_type: KVType = "f16",
         template: str | None = None,
         *,
+        speculation: bool = True,
         on_progress: Progress | None = None,
     ) -> None:
         """Open, check and load a GGUF file.
 
         `context_length` None takes what the model was trained for, or less if memory asks for it;
-        `threads` None those this process is allowed, and never more than Numba has;
+        `threads` None what machine.threads() and machine.decode_threads() say;
+        `prefill_threads` those that read prompts, None as many as `threads`; never more of either
+        than the CPUs of this process;
         `sliding_window` see ModelConfig.from_gguf;
-        `kv_type` "f16" or "f32"; `template` the name of a built-in chat template or a Jinja file.
+        `kv_type` "f16", "f32" or "q8_0"; `template` a built-in chat template or a Jinja file;
+        `speculation` drafts tokens from the text where that is faster: same tokens, fewer passes.
         Raises OSError, ModelFormatError, machine.NotEnoughMemory, ValueError for an argument.
         """
-        _check_arguments(threads, kv_type)
+        _check_arguments(threads, prefill_threads, kv_type)
         self.path = Path(model)
         self.file = open_gguf(self.path)
         if not self.file.tensors:
@@ -69,7 +75,9 @@ class LLM:
         self._template: chat.Template | None = None
         if template is not None:
             self._template = chat.load_template(self.file, self.tokenizer, template)
-        self.threads = min(threads or machine.threads()[0], most_threads())
+        cores, _ = machine.threads()
+        self.threads = min(threads or machine.decode_threads(cores)[0], most_threads())
+        self.prefill_threads = min(prefill_threads or threads or cores, most_threads())
         self._on_progress = on_progress or (lambda stage, done, total: None)
         prepare_kernels(ops.kernels_for(matrix_types(self.file), kv_type), self._on_progress)
         self._loaded: Llama | None = ARCHITECTURES[self.file.text("general.architecture")](
@@ -77,10 +85,12 @@ class LLM:
             self.config,
             kv_type=kv_type,
             threads=self.threads,
+            prefill_threads=self.prefill_threads,
             context_length=self.context_length,
             progress=lambda done, total: self._on_progress("load", done, total),
         )
-        self._spare: list[KVCache] = []
+        self._costs = Costs() if speculation else None
+        self._spare: list[tuple[KVCache, list[int]]] = []  # with the ids of the positions it holds
         self._spare_lock = threading.Lock()
 
     def __enter__(self) -> "LLM":
@@ -95,7 +105,8 @@ class LLM:
         self._spare.clear()
 
     @property
-    def _model(self) -> Llama:
+    def model(self) -> Llama:
+        """The model below sampling and text; ValueError once closed."""
         if self._loaded is None:
             raise ValueError(f"the model {escape(str(self.path))} has been closed")
         return self._loaded
@@ -160,8 +171,9 @@ class LLM:
         shape = (len(ids), self.config.vocab_size)
         machine.check(machine.MemoryPlan(0, 0, 4 * shape[0] * shape[1]), machine.memory_available())
         logits, done = np.empty(shape, np.float32), 0
-        with self._cache() as cache:
-            for some in generate.prefill(self._model, ids, cache, n_logits=len(ids)):
+        with self._cache(Generation(ids, [])) as cache:
+            cache.reset()
+            for some in generate.prefill(self.model, ids, cache, n_logits=len(ids)):
                 logits[done : (done := done + len(some))] = some
         return logits
 
@@ -187,16 +199,18 @@ class LLM:
         stops = StopStrings(tuple(sampler.params.stop))
         pieces: list[str] = []
         logprobs: list[TokenLogprob] = []
-        self._on_progress("prompt", 0, len(ids))
-        with self._cache() as cache:
+        with self._cache(generation) as cache:
+            cached = cache.offset
+            self._on_progress("prompt", 0, len(ids) - cached)
             for sampled in generate.generate(
-                self._model,
+                self.model,
                 generation,
                 sampler,
                 self.tokenizer.eog_ids,
                 cache,
                 cancel,
                 progress=lambda done, total: self._on_progress("prompt", done, total),
+                costs=self._costs,
             ):
                 first = first or time.perf_counter()
                 text = stops.add(decoder.add(sampled.token))
@@ -218,6 +232,9 @@ class LLM:
             finish_reason=generation.finish_reason,
             prompt_tokens=len(ids),
             completion_tokens=len(generation.tokens),
+            cached_tokens=cached,
+            drafted_tokens=generation.drafted,
+            accepted_tokens=generation.accepted,
             timings=Timings((first or end) - start, end - (first or end)),
             seed=sampler.seed,
             logprobs=None if sampler.params.logprobs is None else tuple(logprobs),
@@ -233,24 +250,27 @@ class LLM:
         return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
     @contextmanager
-    def _cache(self) -> Iterator[KVCache]:
-        """An empty cache, kept for the next request afterwards."""
+    def _cache(self, generation: Generation) -> Iterator[KVCache]:
+        """A cache that holds what the prompt has in common with the last request's text, but not
+        all of the prompt; kept for the next request afterwards."""
         with self._spare_lock:
-            cache = self._spare.pop() if self._spare else None
-        cache = cache or self._new_cache()
-        cache.reset()
+            spare = self._spare.pop() if self._spare else None
+        cache, held = spare or (self._new_cache(), [])
+        shared = _common(held, generation.prompt[:-1])
+        cache.rewind(shared if cache.holds(shared, self.config.sliding_window) else 0)
         try:
             yield cache
         finally:
+            held = [*generation.prompt, *generation.tokens][: cache.offset]
             with self._spare_lock:
-                if not self._spare and self._loaded is not None:
-                    self._spare.append(cache)
+                if self._loaded is not None:
+                    self._spare = [(cache, held)]
 
     def _new_cache(self) -> KVCache:
         """NotEnoughMemory where requests at the same time ask for more caches than fit."""
         plan = memory_plan(self.file, self.config, self.kv_type, self.context_length)
         machine.check(machine.MemoryPlan(0, plan.cache, 0), machine.memory_available())
-        return self._model.make_cache()
+        return self.model.make_cache()
 
 
 def _whole(stream: Stream) -> Completion:
@@ -260,11 +280,18 @@ def _whole(stream: Stream) -> Completion:
     return stream.completion
 
 
-def _check_arguments(threads: int | None, kv_type: str) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    if kv_type not in ("f16", "f32"):
-        raise ValueError(f"kv_type must be 'f16' or 'f32', got {kv_type!r}")
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _check_arguments(threads: int | None, prefill_threads: int | None, kv_type: str) -> None:
+    for name, count in (("threads", threads), ("prefill_threads", prefill_threads)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if kv_type not in DTYPES:
+        raise ValueError(f"kv_type must be one of {', '.join(DTYPES)}, got {kv_type!r}")
 
 
 def matrix_types(file: GGUFFile) -> set[GGMLType]:

@@ -139,6 +139,17 @@ def threads(root: Path = ROOT) -> tuple[int, str]:
     return count, reason
 
 
+#: Cores that keep the memory of any machine we know of busy; more only wait for each other.
+_MEMORY_CORES = 32
+
+
+def decode_threads(cores: int) -> tuple[int, str]:
+    """How many of `cores` threads to decode with, which is to read the weights, and why."""
+    if cores > _MEMORY_CORES:
+        return _MEMORY_CORES, f"as many as keep the memory busy: {_MEMORY_CORES}"
+    return cores, "as many as for the prompt: each reads its share of the weights"
+
+
 def _allowed_cpus() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
@@ -286,6 +297,13 @@ def resident_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_memory(root: Path = ROOT) -> int | None:
+    """The most bytes of this process there were in memory at once, mapped files included; None
+    where the system does not tell."""
+    found = re.search(r"^VmHWM:\s*(\d+) kB", _read(root / "proc/self/status") or "", re.M)
+    return int(found[1]) * 1024 if found else None
 
 
 def read_bandwidth(threads: int) -> float:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from cpuinfer.cache import KVCache, padded
 from cpuinfer.gguf import QTensor
-from cpuinfer.kernels import attention, elementwise
+from cpuinfer.kernels import attention, elementwise, ring
 from cpuinfer.kernels.activations import QUANTIZE
 from cpuinfer.kernels.integer import Correction
 from cpuinfer.kernels.jit import Kernel
@@ -32,7 +32,7 @@ def kernels_for(qtypes: set[GGMLType], kv_type: str) -> list[Kernel]:
     """The kernels a model with matrices of these types needs, to be made ready before its use."""
     needed = [
         attention.ATTEND[kv_type],
-        attention.APPEND[kv_type],
+        ring.APPEND[kv_type],
         elementwise.RMS_NORM,
         elementwise.ROPE,
         elementwise.SILU_MUL,
@@ -160,19 +160,21 @@ def attend(
     sees = end if window is None else min(window, end)
     if sees + tokens - 1 > cache.capacity and end > cache.capacity:
         raise ValueError(f"{tokens} tokens at {cache.offset} overrun a cache of {cache.capacity}")
-    q, k, v = (_pad_heads(x) for x in (q, k, v))
-    attention.APPEND[cache.kv_type](keys, k, cache.offset)
-    attention.APPEND[cache.kv_type](values, v, cache.offset)
+    q, k, v = (_pad_heads(x, padded(head_dim, cache.kv_type)) for x in (q, k, v))
+    ring.APPEND[cache.kv_type](keys, k, cache.offset)
+    ring.APPEND[cache.kv_type](values, v, cache.offset)
     group = q.shape[1] // k.shape[1]
-    scores = np.empty((team.threads, group, padded(sees)), np.float32)
+    prepared = ring.NUMBERS[cache.kv_type].prepared
+    scratch = np.empty((team.threads, 4, prepared * q.shape[2]), np.int8)
+    scores = np.empty((team.threads, group, -(-sees // 16) * 16), np.float32)
     out = np.empty_like(q)
     scale = np.float32(1.0 / np.sqrt(head_dim))
     limit = end if window is None else window
     attend_kernel = attention.ATTEND[cache.kv_type]
-    attend_kernel(q, keys, values, cache.offset, limit, scale, scores, out, team.table)
+    attend_kernel(q, keys, values, cache.offset, limit, scale, scratch, scores, out, team.table)
     return out if q.shape[2] == head_dim else np.ascontiguousarray(out[:, :, :head_dim])
 
 
-def _pad_heads(x: Floats) -> Floats:
-    missing = padded(x.shape[2]) - x.shape[2]
+def _pad_heads(x: Floats, size: int) -> Floats:
+    missing = size - x.shape[2]
     return np.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x

@@ -18,7 +18,8 @@ FIRST_PROMPT = "Once upon a time"
 
 _EXIT_CODES = """\
 exit codes: 0 done, 2 usage or a value out of range, 65 a model file that cannot be used,
-66 no such input, 74 reading or writing failed, 75 not enough memory now, 130/143 interrupted"""
+66 no such input, 73 an output that cannot be made, 74 reading or writing failed,
+75 not enough memory now, 130/143 interrupted"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,9 +69,23 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return params
 
 
+def measuring(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters of bench.Settings that were given."""
+    names = ("prompt", "generation", "depths", "repetitions")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
     """The parameters of LLM that were given, except for the model."""
-    names = ("context_length", "threads", "sliding_window", "kv_type", "template")
+    names = (
+        "context_length",
+        "threads",
+        "prefill_threads",
+        "sliding_window",
+        "kv_type",
+        "template",
+        "speculation",
+    )
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
@@ -87,7 +102,7 @@ def _add_model(parser: argparse.ArgumentParser, without: str) -> None:
     )
 
 
-def _add_loading(parser: argparse.ArgumentParser) -> None:
+def _add_loading(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
     group = parser.add_argument_group("the model in memory")
     _add_context(group)
     group.add_argument(
@@ -95,6 +110,22 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="threads to compute with (default: the cores this process may use)",
+    )
+    group.add_argument(
+        "--prefill-threads",
+        type=int,
+        metavar="N",
+        help="threads to read a prompt with (default: those of --threads)",
+    )
+    return group
+
+
+def _add_speculation(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--no-speculation",
+        dest="speculation",
+        action="store_false",
+        help="compute token by token, to compare; the text is the same",
     )
 
 
@@ -189,7 +220,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "-f", "--file", metavar="FILE", help="a file with the text to continue; -: standard input"
     )
     _add_sampling(parser)
-    _add_loading(parser)
+    _add_speculation(_add_loading(parser))
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json",
@@ -226,7 +257,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         help="a built-in chat template or a Jinja file (default: the model file's own)",
     )
     _add_sampling(parser)
-    _add_loading(parser)
+    _add_speculation(_add_loading(parser))
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +277,32 @@ def _add_warmup(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, "the kernels of the most common types")
     _add_kv_type(parser)
     _add_json(parser)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from cpuinfer.bench import Settings
+
+    _add_model(parser, BUNDLED)
+
+    def add(*flags: str, name: str, help: str, **more: Any) -> None:
+        default = getattr(Settings, name)
+        shown = default if isinstance(default, int) else " and ".join(map(str, default))
+        parser.add_argument(
+            *flags, type=int, dest=name, metavar="N", help=f"{help} (default: {shown})", **more
+        )
+
+    add("-p", "--prompt", name="prompt", help="tokens of the prompt")
+    add("-n", "--generation", name="generation", help="tokens to generate")
+    add(
+        "--depth",
+        name="depths",
+        help="positions there are before either; may be repeated",
+        action="append",
+    )
+    add("-r", "--repetitions", name="repetitions", help="times each measurement is taken")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline to a file as well")
+    _add_json(parser)
+    _add_loading(parser)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -277,5 +334,10 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]]
         _add_warmup,
         "compile the kernels now, so that no later start has to wait",
         "Compiled kernels are kept in the user's cache directory.",
+    ),
+    "bench": (
+        _add_bench,
+        "measure how fast a model runs here, and what the machine would allow",
+        "Takes some minutes with a large model. Keys and values at a depth are random numbers.",
     ),
 }

@@ -68,7 +68,7 @@ class Team:
 
 
 class _Follower(threading.Thread):
-    """A thread at its own seat of the table; a daemon, for Python waits for others before atexit."""
+    """A thread at its own seat; a daemon, for Python waits for all others before atexit."""
 
     def __init__(self, table: int, seat: int) -> None:
         super().__init__(name=f"cpuinfer-{seat}", daemon=True)

@@ -1,5 +1,6 @@
 """cache.py: the ring's arithmetic, its size, what a reset forgets."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -79,11 +80,12 @@ def test_a_key_still_needed_is_never_overwritten(
     assert not cache.keys.any()
 
 
-@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0"])
 @pytest.mark.parametrize("head_dim", [16, 20, 128])
 def test_size_is_known_before_and_never_changes(kv_type: str, head_dim: int) -> None:
     cache = KVCache(3, 2, head_dim, 12, kv_type)
-    size = 2 * 3 * 2 * 12 * padded(head_dim) * (2 if kv_type == "f16" else 4)
+    bytes_of_32 = {"f16": 64, "f32": 128, "q8_0": 34}[kv_type]
+    size = 2 * 3 * 2 * 12 * padded(head_dim, kv_type) * bytes_of_32 // 32
     assert cache.capacity == 12
     assert cache.nbytes == cache.keys.nbytes + cache.values.nbytes == size
     assert cache_bytes(3, 2, head_dim, 12, kv_type) == size
@@ -100,6 +102,7 @@ def test_mistral_7b_takes_the_bytes_of_its_paper() -> None:
     """128 KiB a position in half precision (arXiv 2310.06825: 32 layers, 8 heads of 128)."""
     assert cache_bytes(32, 8, 128, 4096, "f16") == 512 * 2**20
     assert cache_bytes(32, 8, 128, 4096, "f32") == 2**30
+    assert cache_bytes(32, 8, 128, 4096, "q8_0") == 272 * 2**20
 
 
 def test_reset_forgets_the_sequence_and_keeps_the_memory() -> None:
@@ -121,3 +124,72 @@ def test_capacity_is_what_window_and_chunk_need() -> None:
     assert capacity(windowed, chunk=10, context_length=128) == 33
     assert capacity(windowed, chunk=10, context_length=30) == 30
     assert capacity(TINY, chunk=10, context_length=128) == 128
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("capacity", "window"), [(8, 5), (8, 8), (8, 2), (40, 5), (40, None)])
+def test_what_a_ring_still_holds(capacity: int, window: int | None, seed: int) -> None:
+    """Against a ring of labels: passes, some of them given up or taken back, in any order."""
+    draw = random.Random(seed)
+    cache = KVCache(1, 1, 16, capacity)
+    slots: dict[int, int] = {}
+    text: list[int] = []
+    longest = 40 if window is None else capacity - window + 1
+    for label in range(0, 4000, 40):
+        new = [label + i for i in range(draw.randint(1, longest))]
+        new = new[: 40 - len(text)] if capacity == 40 else new
+        if new:
+            cache.claim(len(new))
+            slots |= {(len(text) + i) % capacity: token for i, token in enumerate(new)}
+            if draw.random() < 0.7:
+                text += new
+                cache.advance(len(new))
+        assert cache.offset == len(text)
+        held = []
+        for offset in range(len(text) + 3):
+            oldest = 0 if window is None else max(0, offset - window + 1)
+            seen = range(oldest, offset)
+            right = offset <= len(text) and all(slots[p % capacity] == text[p] for p in seen)
+            assert cache.holds(offset, window) == right
+            held += [offset] * right
+        assert len(text) in held
+        if draw.random() < 0.5:
+            text = text[: draw.choice(held)]
+            cache.rewind(len(text))
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32"])
+@pytest.mark.parametrize("taken", range(1, 5))
+def test_a_pass_is_taken_back_without_a_trace(kv_type: str, taken: int) -> None:
+    """A window of 5 and a chunk of 4, long after the ring has gone round."""
+
+    def run(cache: KVCache, first: int, count: int, wrong: float = 0) -> NDArray[np.float32]:
+        new = rows(first, count) / 16 + wrong
+        out = ops.attend(new, new, new, cache, 0, 5)
+        cache.advance(count)
+        return out
+
+    straight, cache = KVCache(1, 2, 16, 8, kv_type), KVCache(1, 2, 16, 8, kv_type)
+    for first in range(0, 40, 4):
+        want = run(straight, first, 4)
+        run(cache, first, 4, wrong=77)
+        cache.rewind(first)
+        run(cache, first, taken)
+        run(cache, first + taken, min(4, 40 - first - taken), wrong=99)
+        cache.rewind(first + taken)
+        assert cache.holds(first + taken, 5)
+        if taken < 4:
+            np.testing.assert_array_equal(run(cache, first + taken, 4 - taken), want[taken:])
+        assert cache.offset == straight.offset == first + 4
+
+
+def test_rewinding_to_nothing_is_a_reset() -> None:
+    cache = KVCache(1, 2, 16, 8)
+    for _ in range(5):
+        cache.advance(4)
+    assert cache.holds(20, 5) and cache.holds(16, 5) and not cache.holds(15, 5)
+    assert cache.holds(0, 5) and not cache.holds(21, 5)
+    cache.rewind(0)
+    assert (cache.offset, cache.holds(0, 5), cache.holds(1, 5)) == (0, True, False)
+    cache.advance(4)
+    assert all(cache.holds(offset, 5) for offset in range(5))

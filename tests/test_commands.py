@@ -84,6 +84,8 @@ def test_generate_as_json(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     found = document(run(capsys, *argv))
     timings = found.pop("timings")
     assert isinstance(timings, dict) and set(timings) == {"prompt_seconds", "generation_seconds"}
+    drafted, accepted = found.pop("drafted_tokens"), found.pop("accepted_tokens")
+    assert isinstance(drafted, int) and isinstance(accepted, int) and 0 <= accepted <= drafted
     expected = llm.generate(PROMPT, max_tokens=12, seed=4)
     assert found == {
         "text": expected.text,
@@ -91,6 +93,7 @@ def test_generate_as_json(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
         "finish_reason": expected.finish_reason,
         "prompt_tokens": 5,
         "completion_tokens": expected.completion_tokens,
+        "cached_tokens": 0,
         "seed": 4,
         "model": str(DEMO),
     }

@@ -22,6 +22,8 @@ KEYS = {
     "threads",
     "threads_reason",
     "memory_available",
+    "decode_threads",
+    "decode_threads_reason",
     "bandwidth",
     "cache_directory",
     "cached_kernels",
@@ -38,6 +40,8 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["numba"] == numba.__version__
     assert found["instruction_set"] == jit.ISA in found["supported_instruction_sets"]
     assert (found["threads"], found["threads_reason"]) == machine.threads()
+    decoding = (found["decode_threads"], found["decode_threads_reason"])
+    assert decoding == machine.decode_threads(found["threads"])
     assert found["bandwidth"] > 0 and found["memory_available"] > 0
     if jit.CACHE is not None:
         assert found["cache_directory"] == str(jit.CACHE) and found["cached_kernels"] >= 1

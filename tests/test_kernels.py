@@ -30,7 +30,7 @@ COUNTS = [*range(1, 14), 16, 31, 32, 33]
 
 every_type = pytest.mark.parametrize("qtype", INTEGER + FLOAT, ids=lambda t: t.name)
 every_integer = pytest.mark.parametrize("qtype", INTEGER, ids=lambda t: t.name)
-every_kv_type = pytest.mark.parametrize("kv_type", ["f16", "f32"])
+every_kv_type = pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0"])
 every_count_of_threads = pytest.mark.parametrize("threads", [1, 2, 3])
 
 
@@ -237,6 +237,17 @@ def attend(q: Floats, k: Floats, v: Floats, window: int | None, chunk: int, kv_t
     return np.concatenate(outs)
 
 
+def in_8_bits(x: Floats, scale_type: type) -> NDArray[np.float64]:
+    """(T, H, d) rounded as Q8_0 is (ggml's quantize_row_q8_0): blocks of 32, the last one short."""
+    blocks = np.zeros((*x.shape[:2], -(-x.shape[2] // 32) * 32), np.float32)
+    blocks[..., : x.shape[2]] = x
+    blocks = blocks.reshape(*x.shape[:2], -1, 32)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    whole = np.rint(blocks.astype(np.float64) / np.where(scale == 0, 1, scale))
+    rounded: NDArray[np.float64] = whole * scale.astype(scale_type)
+    return rounded.reshape(*x.shape[:2], -1)[..., : x.shape[2]]
+
+
 @every_kv_type
 @pytest.mark.parametrize("window", [None, 70, 5])
 @pytest.mark.parametrize(
@@ -248,6 +259,8 @@ def test_attention(group: int, head_dim: int, window: int | None, kv_type: str) 
     got = attend(q, k, v, window, 33, kv_type)
     if kv_type == "f16":
         k, v = k.astype(np.float16), v.astype(np.float16)
+    if kv_type == "q8_0":
+        q, k, v = in_8_bits(q, np.float32), in_8_bits(k, np.float16), in_8_bits(v, np.float16)
     exact = [x.astype(np.float64) for x in (q, k, v)]
     want = reference.attention(*exact, reference.visible(len(q), window))
     assert got.dtype == np.float32

@@ -1,17 +1,21 @@
 """The class people import, with the bundled model."""
 
+import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import cpuinfer
 from cpuinfer import machine
+from cpuinfer.completion import Completion
 from cpuinfer.generate import ContextLengthExceeded
 from cpuinfer.models.llama import Cancelled
+from cpuinfer.sampling import NumericsError, Sampler
 from cpuinfer.team import most_threads
 
 PROMPT = "Once upon a time"
@@ -57,7 +61,7 @@ def test_seed_threads_and_chunks_do_not_change_a_token(path: Path, llm: cpuinfer
     assert llm.generate(prompt, max_tokens=60, seed=12).token_ids != wanted
     with cpuinfer.LLM(path, threads=2) as other:
         assert other.generate(prompt, max_tokens=60, seed=11).token_ids == wanted
-        other._model.chunk = 13  # the ring was made for more
+        other.model.chunk = 13  # the ring was made for more
         assert other.generate(prompt, max_tokens=60, seed=11).token_ids == wanted
 
 
@@ -222,3 +226,195 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     monkeypatch.setattr(machine, "memory_available", lambda: 10 << 20)
     with pytest.raises(machine.NotEnoughMemory, match=r"MiB needed.*10.0 MiB available"):
         cpuinfer.LLM(path)
+
+
+# --- drafts ---
+
+
+def test_speculation_changes_no_text(path: Path, llm: cpuinfer.LLM) -> None:
+    drafted = accepted = 0
+    with cpuinfer.LLM(path, threads=1, speculation=False) as plain:
+        for seed, prompt in enumerate([PROMPT, "The cat sat on the mat. " * 8]):
+            for more in (
+                {"temperature": 0},
+                {},
+                {"stop": ["cat", "."]},
+                {"frequency_penalty": 0.1},
+            ):
+                wanted = plain.generate(prompt, seed=seed, logprobs=1, **more)  # type: ignore[arg-type]
+                done = llm.generate(prompt, seed=seed, logprobs=1, **more)  # type: ignore[arg-type]
+                assert said(done) == said(wanted)
+                assert (wanted.drafted_tokens, wanted.accepted_tokens) == (0, 0)
+                drafted += done.drafted_tokens
+                accepted += done.accepted_tokens
+    assert 0 < accepted <= drafted
+
+
+# --- what is left of the last request ---
+
+
+def said(done: Completion) -> tuple[object, ...]:
+    """All that must not depend on what has been asked before."""
+    return (done.text, done.token_ids, done.finish_reason, done.prompt_tokens, done.logprobs)
+
+
+def fresh(llm: cpuinfer.LLM, prompt: str | Sequence[int], **params: Any) -> Completion:
+    """The completion from an empty cache."""
+    llm._spare.clear()
+    done = llm.generate(prompt, logprobs=2, **params)
+    assert done.cached_tokens == 0
+    return done
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(300, 2048), k=count)
+
+
+# The ring of the bundled model keeps 383 positions, and a token sees 128.
+@pytest.mark.parametrize("length", [2, 100, 382, 500, 900])
+def test_the_same_prompt_is_computed_once(llm: cpuinfer.LLM, length: int) -> None:
+    prompt = ids(length)
+    first = fresh(llm, prompt, max_tokens=30, seed=1)
+    again = llm.generate(prompt, max_tokens=30, seed=1, logprobs=2)
+    assert said(again) == said(first)
+    assert (again.cached_tokens, again.prompt_tokens) == (length - 1, length)
+
+
+@pytest.mark.parametrize("length", [10, 200, 600])
+def test_a_prompt_goes_on_where_the_last_text_ended(llm: cpuinfer.LLM, length: int) -> None:
+    first = fresh(llm, ids(length), max_tokens=40, seed=1, ignore_eos=True)
+    prompt = [*ids(length), *first.token_ids, *ids(60, seed=1)]
+    second = llm.generate(prompt, max_tokens=20, seed=2, logprobs=2)
+    assert second.cached_tokens in (length + 39, length + 40)
+    assert said(second) == said(fresh(llm, prompt, max_tokens=20, seed=2))
+
+
+@pytest.mark.parametrize(
+    ("length", "shared", "cached"),
+    [
+        (300, 0, 0),
+        (300, 1, 1),
+        (300, 299, 299),
+        (300, 40, 40),  # 340 positions in all: nothing has been overwritten
+        (600, 599, 599),
+        (600, 450, 450),
+        (600, 384, 384),  # 640 positions, from 257 on they are kept; 384 sees 257
+        (600, 383, 0),
+        (600, 5, 0),  # nothing is cut off: they are gone
+    ],
+)
+def test_a_prompt_that_takes_another_turn(
+    llm: cpuinfer.LLM, length: int, shared: int, cached: int
+) -> None:
+    first = ids(length)
+    other = [*first[:shared], 299, *ids(200, seed=2)]
+    wanted = fresh(llm, other, max_tokens=10, seed=3)
+    llm._spare.clear()
+    done = fresh(llm, first, max_tokens=41, seed=3, ignore_eos=True)
+    assert done.completion_tokens == 41  # of which the last is not in the cache
+    done = llm.generate(other, max_tokens=10, seed=3, logprobs=2)
+    assert (done.cached_tokens, said(done)) == (cached, said(wanted))
+
+
+def test_only_the_new_part_of_a_prompt_is_progress(path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        if stage == "prompt":
+            seen.append((done, total))
+
+    with cpuinfer.LLM(path, on_progress=on_progress) as llm:
+        llm.generate(ids(400), max_tokens=1)
+        llm.generate([*ids(400), *ids(300, seed=1)], max_tokens=1)
+    assert seen == [(0, 400), (256, 400), (400, 400), (0, 300), (256, 300), (300, 300)]
+
+
+class SetAfter(threading.Event):
+    """An event that is set when it is looked at for the n-th time."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def cancelled(llm: cpuinfer.LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given up in the middle of its first pass, when two layers of it are written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Event", lambda: SetAfter(3))
+        stream = llm.stream(prompt)
+    with pytest.raises(Cancelled):
+        next(stream)
+
+
+def failed(llm: cpuinfer.LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NumericsError at the ninth token."""
+    sample = Sampler.sample
+
+    def broken(sampler: Sampler, logits: Any, history: Sequence[int]) -> Any:
+        return sample(
+            sampler, logits * np.nan if len(history) > len(prompt) + 8 else logits, history
+        )
+
+    with monkeypatch.context() as patch, pytest.raises(NumericsError):
+        patch.setattr(Sampler, "sample", broken)
+        llm.generate(prompt, temperature=0, ignore_eos=True)
+
+
+def left(llm: cpuinfer.LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = llm.stream(prompt, max_tokens=200, temperature=0, ignore_eos=True)
+    for _ in range(60):
+        next(stream)
+    stream.close()
+
+
+def stopped(llm: cpuinfer.LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    free = llm.generate(prompt, max_tokens=60, temperature=0, ignore_eos=True)
+    done = llm.generate(prompt, max_tokens=60, temperature=0, stop=free.text[40:45])
+    assert done.finish_reason == "stop"
+
+
+def refused(llm: cpuinfer.LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ContextLengthExceeded):
+        llm.generate([*prompt, *ids(2048)])
+
+
+def all_logits(llm: cpuinfer.LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.logits(prompt)
+
+
+@pytest.mark.parametrize("end", [cancelled, failed, left, stopped, refused, all_logits])
+@pytest.mark.parametrize("repeated", [False, True], ids=["random", "repeated"])
+@pytest.mark.parametrize("kept", [20, 250, 390, 500])
+def test_however_a_request_ends_the_next_one_is_right(
+    llm: cpuinfer.LLM, monkeypatch: pytest.MonkeyPatch, end: Any, repeated: bool, kept: int
+) -> None:
+    """Two requests before, of which the second goes on from the first, and a third that shares
+    some of its beginning with both."""
+    first = ids(12) * 40 if repeated else ids(480)
+    second = [*first[:400], *ids(200, seed=4)]
+    third = [*second[:kept], *ids(30, seed=5)]
+    wanted = fresh(llm, third, max_tokens=20, temperature=0)
+    fresh(llm, first[:460], max_tokens=20, temperature=0)
+    end(llm, second, monkeypatch)
+    done = llm.generate(third, max_tokens=20, temperature=0, logprobs=2)
+    assert said(done) == said(wanted)
+    again = llm.generate(third, max_tokens=20, temperature=0, logprobs=2)
+    assert said(again) == said(wanted)
+    assert again.cached_tokens == len(third) - 1
+
+
+def test_requests_at_the_same_time_do_not_share(llm: cpuinfer.LLM) -> None:
+    prompt = ids(50)
+    wanted = fresh(llm, prompt, max_tokens=20, seed=1, ignore_eos=True)
+    one = llm.stream(prompt, max_tokens=20, seed=1, ignore_eos=True, logprobs=2)
+    two = llm.stream(prompt, max_tokens=20, seed=1, ignore_eos=True, logprobs=2)
+    for _ in zip(one, two, strict=True):
+        pass
+    assert one.completion is not None and two.completion is not None
+    next(two, None)
+    assert (one.completion.cached_tokens, two.completion.cached_tokens) == (49, 0)
+    assert said(one.completion) == said(two.completion) == said(wanted)

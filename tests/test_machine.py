@@ -173,6 +173,11 @@ def test_quota_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert machine.threads(root)[0] == 2
 
 
+@pytest.mark.parametrize(("cores", "count"), [(1, 1), (4, 4), (32, 32), (33, 32), (192, 32)])
+def test_decoding_takes_no_more_threads_than_memory_feeds(cores: int, count: int) -> None:
+    assert machine.decode_threads(cores)[0] == count
+
+
 def test_threads_are_no_more_than_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     topology = {
         f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu % 4},{cpu % 4 + 4}"

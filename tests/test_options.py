@@ -23,7 +23,8 @@ def test_every_parameter_has_an_option() -> None:
         "generate m.gguf -n 5 --temperature 0.5 --top-k 3 --top-p 0.4 --min-p 0.1 --typical-p 0.9 "
         "--repeat-penalty 1.1 --repeat-last-n -1 --frequency-penalty -0.5 --presence-penalty 0.2 "
         "--logit-bias 3=-inf --logit-bias 4=1.5 --seed 9 --stop a --stop=-b --logprobs 2 "
-        "--ignore-eos --context-length 64 --threads 3 --sliding-window 16 --kv-type f32"
+        "--ignore-eos --context-length 64 --threads 3 --sliding-window 16 --kv-type f32 "
+        "--no-speculation"
     )
     arguments = options.parse(line.split())
     given = options.sampling(arguments)
@@ -50,6 +51,7 @@ def test_every_parameter_has_an_option() -> None:
         "threads": 3,
         "sliding_window": 16,
         "kv_type": "f32",
+        "speculation": False,
     }
 
 

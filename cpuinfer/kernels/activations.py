@@ -18,30 +18,36 @@ from cpuinfer.kernels.parallel import shared
 from cpuinfer.kernels.simd import F32, I8, I32, Emitter, Value, emitted
 
 
+def quantize_block(e: Emitter, x: Value, q: Value) -> tuple[Value, list[Value]]:
+    """32 floats at `x` as bytes at `q`: their scale, and the sums of both halves of the bytes."""
+    b = e.b
+    vectors = [e.load_floats(e.at(x, i * e.width, 4)) for i in range(32 // e.width)]
+    # As integers, magnitudes keep their order and NaN is the largest of all.
+    largest = e.ints(0)
+    for v in vectors:
+        magnitude = b.bitcast(e.magnitude(v), e.i32v)
+        largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
+    reduce = f"llvm.vector.reduce.smax.v{e.width}i32"
+    largest = b.bitcast(e.call(reduce, I32, largest), F32)
+    scale = b.fdiv(largest, ir.Constant(F32, 127.0))
+    zero, tiny = ir.Constant(F32, 0.0), ir.Constant(F32, 2.0**-100)
+    inverse = b.fdiv(ir.Constant(F32, 127.0), largest)
+    inverse = b.select(b.fcmp_ordered("<", largest, tiny), zero, inverse)
+    halves = [ir.Constant(I32, 0), ir.Constant(I32, 0)]
+    for i, v in enumerate(vectors):
+        integers = b.fptosi(e.round(b.fmul(v, e.splat(inverse))), e.i32v)
+        e.store(b.trunc(integers, ir.VectorType(I8, e.width)), e.at(q, i * e.width), 1)
+        total = e.call(f"llvm.vector.reduce.add.v{e.width}i32", I32, integers)
+        half = i * e.width // 16
+        halves[half] = b.add(halves[half], total)
+    return scale, halves
+
+
 def _write_block(kind: Correction) -> Any:
     def block(e: Emitter, x: Value, q: Value, d: Value, correction: Value, offset: Value) -> None:
         """Quantize 32 floats at `x`: bytes to `q`, their scale to `d`, and the correction."""
-        b = e.b
-        vectors = [e.load_floats(e.at(x, i * e.width, 4)) for i in range(32 // e.width)]
-        # As integers, magnitudes keep their order and NaN is the largest of all.
-        largest = e.ints(0)
-        for v in vectors:
-            magnitude = b.bitcast(e.magnitude(v), e.i32v)
-            largest = b.select(b.icmp_signed(">", magnitude, largest), magnitude, largest)
-        reduce = f"llvm.vector.reduce.smax.v{e.width}i32"
-        largest = b.bitcast(e.call(reduce, I32, largest), F32)
-        scale = b.fdiv(largest, ir.Constant(F32, 127.0))
-        zero, tiny = ir.Constant(F32, 0.0), ir.Constant(F32, 2.0**-100)
-        inverse = b.fdiv(ir.Constant(F32, 127.0), largest)
-        inverse = b.select(b.fcmp_ordered("<", largest, tiny), zero, inverse)
+        scale, halves = quantize_block(e, x, q)
         e.store(scale, d)
-        halves = [ir.Constant(I32, 0), ir.Constant(I32, 0)]
-        for i, v in enumerate(vectors):
-            integers = b.fptosi(e.round(b.fmul(v, e.splat(inverse))), e.i32v)
-            e.store(b.trunc(integers, ir.VectorType(I8, e.width)), e.at(q, i * e.width), 1)
-            total = e.call(f"llvm.vector.reduce.add.v{e.width}i32", I32, integers)
-            half = i * e.width // 16
-            halves[half] = b.add(halves[half], total)
         _store_correction(e, kind, halves, scale, offset, correction)
 
     return block

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from cpuinfer.kernels.matmul import matmul, store_sums
+from cpuinfer.kernels.matmul import AHEAD, matmul, store_sums
 from cpuinfer.kernels.simd import I16, LANES, Emitter, Value
 
 
@@ -28,6 +28,7 @@ def _tile(size: int, load: Callable[[Emitter, Value], Value], tokens: int) -> Ca
         sums = [[e.variable(e.zeros()) for _ in range(e.parts)] for _ in range(tokens)]
         rows = [e.b.add(x, e.b.mul(cols, ir.Constant(cols.type, 4 * t))) for t in range(tokens)]
         with e.loop(cols) as column:
+            e.prefetch(e.at(e.at(words, AHEAD), column, LANES * size))
             for part in range(e.parts):
                 weights = load(e, e.at(e.at(words, part * e.width, size), column, LANES * size))
                 for t in range(tokens):

@@ -23,12 +23,8 @@ from typing import Any
 from llvmlite import ir
 
 from cpuinfer.kernels.jit import Kernel
-from cpuinfer.kernels.matmul import matmul, store_sums
+from cpuinfer.kernels.matmul import AHEAD, matmul, store_sums
 from cpuinfer.kernels.simd import I64, LANES, Emitter, Value
-
-#: Bytes of weights between what is fetched and what is multiplied.  With one token a core asks for
-#: new weights often enough by itself; the more tokens, the more of memory's time it would wait out.
-AHEAD = 8192
 
 
 class Correction(Enum):

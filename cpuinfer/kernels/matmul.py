@@ -17,6 +17,9 @@ from cpuinfer.kernels.simd import Emitter, Value, emitted
 #: How many tokens may meet a weight while it is in registers; the most is a matter of how many
 #: registers there are.  Tokens are put into the largest tiles that they fill.
 TILES = (12, 8, 4, 2, 1) if ISA == "avx512vnni" else (4, 2, 1)
+#: Bytes of weights between what is fetched and what is multiplied.  With one token a core asks for
+#: new weights often enough by itself; the more tokens, the more of memory's time it would wait out.
+AHEAD = 8192
 #: Bytes of weights, times tokens, that a thread takes at once: some microseconds of work.
 PIECE = 1 << 17
 

@@ -117,6 +117,11 @@ class Emitter:
         """One 32-bit word from memory in every lane."""
         return self.splat(self.load(address, I32, 4))
 
+    def repeat_half(self, address: Value) -> Value:
+        """One half-precision number from memory in every lane, as float32."""
+        bits = self.b.zext(self.load(address, I16, 2), I32)
+        return self.half_to_float(self.splat(bits))
+
     def splat(self, scalar: Value) -> Value:
         vector = ir.VectorType(scalar.type, self.width)
         nothing = ir.Constant(vector, ir.Undefined)
@@ -203,6 +208,14 @@ class Emitter:
         else:
             self.store(self.b.fptrunc(x, ir.VectorType(ir.HalfType(), self.width)), address, 2)
 
+    def store_half(self, x: Value, address: Value) -> None:
+        """Write one float as half precision, rounded to nearest even."""
+        if ISA == "plain":
+            bits = self.b.extract_element(self.float_to_half_bits(self.splat(x)), I32(0))
+            self.store(self.b.trunc(bits, I16), address, 2)
+        else:
+            self.store(self.b.fptrunc(x, ir.HalfType()), address, 2)
+
     def float_to_half_bits(self, x: Value) -> Value:
         """Rounding to half precision in integer arithmetic; NaN stays NaN."""
         b = self.b
@@ -285,14 +298,30 @@ class Emitter:
         """The 16 lanes added in a fixed tree: i + (i + 8), then 4, 2, 1 apart."""
         return self._fold(vectors, lambda x, y: self.b.fadd(x, y))
 
+    def sum_each(self, sums: list[Vectors]) -> list[Value]:
+        """`sum_lanes` of each, `width` results to a vector; as many sums as fill their vectors.
+
+        Neighbours fold together: half the instructions of folding each to the end.
+        """
+        vectors = [self._fold_parts(parts, lambda x, y: self.b.fadd(x, y)) for parts in sums]
+        lanes = self.width
+        while lanes > 1:
+            half = lanes // 2
+            low = [start + i for start in range(0, 2 * self.width, lanes) for i in range(half)]
+            places = [ir.Constant(self.i32v, [i + far for i in low]) for far in (0, half)]
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [
+                self.b.fadd(*(self.b.shuffle_vector(x, y, place) for place in places))
+                for x, y in pairs
+            ]
+            lanes = half
+        return vectors
+
     def max_lanes(self, vectors: Vectors) -> Value:
         return self._fold(vectors, self.maximum)
 
     def _fold(self, vectors: Vectors, combine: Callable[[Value, Value], Value]) -> Value:
-        while len(vectors) > 1:
-            half = len(vectors) // 2
-            vectors = [combine(vectors[i], vectors[i + half]) for i in range(half)]
-        (v,) = vectors
+        v = self._fold_parts(vectors, combine)
         lanes = self.width
         while lanes > 1:
             lanes //= 2
@@ -302,6 +331,13 @@ class Emitter:
             )
             v = combine(low, high)
         return self.b.extract_element(v, ir.Constant(I32, 0))
+
+    def _fold_parts(self, vectors: Vectors, combine: Callable[[Value, Value], Value]) -> Value:
+        """The parts of 16 lanes as one vector, far lanes onto near ones."""
+        while len(vectors) > 1:
+            half = len(vectors) // 2
+            vectors = [combine(vectors[i], vectors[i + half]) for i in range(half)]
+        return vectors[0]
 
     # --- control ---
 

@@ -27,6 +27,9 @@ Floats = npt.NDArray[np.float32]
 #: enough that a layer of a 7B model takes a fraction of a second, for Ctrl-C is heard between them.
 CHUNK = 256
 
+#: The most rows whose pass is a matter of reading the weights, not of arithmetic.
+DECODE_ROWS = 16
+
 
 class Cancelled(Exception):
     """A forward pass was given up between two layers; no cache has moved."""
@@ -119,11 +122,13 @@ class Llama:
         config: ModelConfig,
         kv_type: str = "f16",
         threads: int = 1,
+        prefill_threads: int | None = None,
         context_length: int | None = None,
         chunk: int = CHUNK,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`chunk` is the most tokens a sequence adds in a pass.
+        """`chunk` is the most tokens a sequence adds in a pass; passes of more than DECODE_ROWS
+        tokens in all run on `prefill_threads`, if that is given.
 
         `progress(done, total)` is called with bytes of weights while they are packed.
         """
@@ -131,6 +136,7 @@ class Llama:
         self.config = config
         self.kv_type = kv_type
         self.threads = threads
+        self.prefill_threads = prefill_threads or threads
         self.context_length = context_length or config.context_length
         self.chunk = min(chunk, self.context_length)
         tensors = file.tensors
@@ -151,7 +157,7 @@ class Llama:
                 progress(done, total)
             return weights
 
-        with computing(threads):
+        with computing(self.prefill_threads):
             self.token_embd = tensors["token_embd.weight"]
             self.blk = [_load_block(tensors, matrices, i) for i in range(config.n_layers)]
             self.output_norm = _vector(tensors["output_norm.weight"])
@@ -192,10 +198,11 @@ class Llama:
                 raise ValueError(f"logits of {span.n_logits} of {len(span.tokens)} tokens")
         if len({id(span.cache) for span in spans}) < len(spans):
             raise ValueError("two spans of a pass have the same cache")
-        with computing(self.threads):
-            x = ops.embed(
-                np.concatenate([span.tokens for span in spans]), self.token_embd
-            )  # (T, D)
+        ids = np.concatenate([span.tokens for span in spans])
+        for span in spans:
+            span.cache.claim(len(span.tokens))
+        with computing(self.threads if len(ids) <= DECODE_ROWS else self.prefill_threads):
+            x = ops.embed(ids, self.token_embd)  # (T, D)
             rope = self._rope(spans)
             for layer, block in enumerate(self.blk):
                 if cancel is not None and cancel.is_set():
