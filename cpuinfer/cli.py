@@ -37,6 +37,7 @@ _COMMANDS = {
         commands.doctor,
         commands.warmup,
         commands.bench,
+        commands.perplexity,
     )
 }
 

@@ -165,6 +165,29 @@ def bench(arguments: Namespace) -> None:
         draw(report)
 
 
+def perplexity(arguments: Namespace) -> None:
+    """Score a text with a model, and compare with another one's predictions."""
+    from cpuinfer import perplexity
+
+    text = _read_prompt(None if arguments.file == "-" else Path(arguments.file))
+    chunks = getattr(arguments, "chunks", None)
+    progress = Progress(sys.stderr)
+    llm, base = _load(arguments, progress), None
+    if hasattr(arguments, "kl_divergence"):
+        against = {**vars(arguments), "model": arguments.kl_divergence}
+        base = _load(Namespace(**against), progress)
+    try:
+        with progress:
+            report = perplexity.examine(llm, text, chunks, base, perplexity.shown_on(progress))
+    except perplexity.Unsuitable as error:
+        raise BadInput(f"{arguments.file}: {error}") from None
+    if arguments.json:
+        _print_json({"text": arguments.file, **report})
+    else:
+        for line in perplexity.text(report):
+            print(line)
+
+
 def _plotter(path: Path) -> Callable[[Any], None]:
     """What draws a report to `path`; that it cannot be done is found before the measurements."""
     try:

@@ -105,6 +105,11 @@ def _add_model(parser: argparse.ArgumentParser, without: str) -> None:
 def _add_loading(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
     group = parser.add_argument_group("the model in memory")
     _add_context(group)
+    _add_threads(group)
+    return group
+
+
+def _add_threads(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--threads",
         type=int,
@@ -117,7 +122,6 @@ def _add_loading(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
         metavar="N",
         help="threads to read a prompt with (default: those of --threads)",
     )
-    return group
 
 
 def _add_speculation(group: argparse._ActionsContainer) -> None:
@@ -136,6 +140,10 @@ def _add_context(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="positions for prompt and text (default: as trained, or fewer where memory is short)",
     )
+    _add_cache(group)
+
+
+def _add_cache(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--sliding-window",
         type=_window,
@@ -305,6 +313,36 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     _add_loading(parser)
 
 
+def _add_perplexity(parser: argparse.ArgumentParser) -> None:
+    from cpuinfer.perplexity import CONTEXT_LENGTH
+
+    _add_model(parser, BUNDLED)
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", required=True, help="the text; -: standard input"
+    )
+    parser.add_argument(
+        "--ctx",
+        "--context-length",
+        dest="context_length",
+        type=int,
+        default=CONTEXT_LENGTH,
+        metavar="N",
+        help="tokens of a chunk, of which the second half is scored (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunks", type=int, metavar="N", help="read the first N chunks only (default: all)"
+    )
+    parser.add_argument(
+        "--kl-divergence",
+        metavar="AGAINST.gguf",
+        help="a model to compare with, loaded beside the first one with the same options",
+    )
+    _add_json(parser)
+    group = parser.add_argument_group("the model in memory")
+    _add_cache(group)
+    _add_threads(group)
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", default=False, help="print one JSON document instead"
@@ -339,5 +377,11 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]]
         _add_bench,
         "measure how fast a model runs here, and what the machine would allow",
         "Takes some minutes with a large model. Keys and values at a depth are random numbers.",
+    ),
+    "perplexity": (
+        _add_perplexity,
+        "measure how well a model predicts a text",
+        "As llama.cpp defines it: chunks that do not overlap, each with BOS first, and its second "
+        "half scored. With --kl-divergence also how far from another model's its predictions are.",
     ),
 }

@@ -24,7 +24,7 @@ SUMS = 8 if ISA in ("avxvnni", "avx2") else 16
 #: Keys whose values are summed before the next ones are read: they stay in the L1 cache.
 VALUE_BLOCK = 64
 #: Bytes between the key that is fetched and the key that is multiplied.
-AHEAD = 4096
+AHEAD = 8192
 
 
 def _scores(numbers: Numbers) -> Any:
