@@ -12,8 +12,9 @@ from cpuinfer.cache import KVCache, padded
 from cpuinfer.gguf import QTensor
 from cpuinfer.kernels import attention, elementwise, ring
 from cpuinfer.kernels.activations import QUANTIZE
-from cpuinfer.kernels.integer import Correction
+from cpuinfer.kernels.integer import Correction, panel_bytes
 from cpuinfer.kernels.jit import Kernel
+from cpuinfer.kernels.matmul import MANY
 from cpuinfer.kernels.pack import PACK_32
 from cpuinfer.team import team
 from cpuinfer.weights import FLOAT, INTEGER, Weight, pack
@@ -61,7 +62,7 @@ def linear(x: Floats, *weights: Weight) -> list[Floats]:
             kind = (form.correction, form.offset)
             if kind not in quantized:
                 quantized[kind] = _quantize(x, *kind)
-            results += _multiply(matmul, *quantized[kind], w, len(x))
+            results += _multiply(matmul, *quantized[kind], w, len(x), panel_bytes(form))
         elif w.qtype in FLOAT:
             flat = x.reshape(-1).view(np.int8)
             matmul = FLOAT[w.qtype][1]
@@ -78,10 +79,16 @@ def _multiply(
     correction: npt.NDArray[np.int32],
     w: Weight,
     tokens: int,
+    block_bytes: int = 0,
 ) -> list[Floats]:
-    """One kernel call; the result of each matrix, without rows that only fill up its last group."""
+    """One kernel call; the result of each matrix, without rows that only fill up its last group.
+
+    `block_bytes` is what a file block of 16 rows takes in a panel.
+    """
     out = np.empty(tokens * 16 * len(w.words), np.float32)
-    matmul(x, d, correction, w.words, w.halves, w.places, out, tokens, team.table)
+    panel = w.words.shape[1] * block_bytes if tokens >= MANY else 0
+    panels = np.empty((team.threads, panel), np.int8)
+    matmul(x, d, correction, w.words, w.halves, w.places, panels, out, tokens, team.table)
     results, start = [], 0
     for rows in w.parts:
         end = start + -(-rows // 16) * 16

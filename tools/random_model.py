@@ -62,10 +62,13 @@ def vocabulary(size: int) -> dict[str, Any]:
     }
 
 
-def write_random_model(path: Path, shape: str, qtype: GGMLType, seed: int = 0) -> None:
+def write_random_model(
+    path: Path, shape: str, qtype: GGMLType, layers: int | None = None, seed: int = 0
+) -> None:
     """A file as people download them: matrices in `qtype`, output in Q6_K where that is smaller
-    than F16 and not already larger, norms in F32."""
+    than F16 and not already larger, norms in F32; `layers` instead of the shape's own."""
     dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab, window, context = SHAPES[shape]
+    n_layers = layers or n_layers
     rng = np.random.default_rng(seed)
     metadata: dict[str, Any] = {
         "general.architecture": "llama",
@@ -119,8 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--type", choices=[t.name for t in GGMLType], default="Q4_0")
+    parser.add_argument("--layers", type=int, help="how many (default: those of the shape)")
     arguments = parser.parse_args(argv)
-    write_random_model(arguments.out, arguments.shape, GGMLType[arguments.type])
+    qtype = GGMLType[arguments.type]
+    write_random_model(arguments.out, arguments.shape, qtype, arguments.layers)
     return 0
 
 

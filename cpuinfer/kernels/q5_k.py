@@ -37,5 +37,6 @@ FORMAT = Format(
     correction=Correction.SUM,
     offset=0,
     largest=31,
+    panel=True,
 )
 MATMUL = integer_matmul(FORMAT)

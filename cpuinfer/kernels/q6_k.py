@@ -42,5 +42,6 @@ FORMAT = Format(
     correction=Correction.HALF_OFFSETS,
     offset=32,
     largest=63,
+    panel=True,
 )
 MATMUL = integer_matmul(FORMAT)
