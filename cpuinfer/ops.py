@@ -11,7 +11,7 @@ import numpy.typing as npt
 from cpuinfer.cache import KVCache, padded
 from cpuinfer.gguf import QTensor
 from cpuinfer.kernels import attention, elementwise, ring
-from cpuinfer.kernels.activations import QUANTIZE
+from cpuinfer.kernels.activations import ARRANGE, QUANTIZE
 from cpuinfer.kernels.integer import Correction, panel_bytes
 from cpuinfer.kernels.jit import Kernel
 from cpuinfer.kernels.matmul import MANY
@@ -43,7 +43,7 @@ def kernels_for(qtypes: set[GGMLType], kv_type: str) -> list[Kernel]:
             form, matmul = INTEGER[qtype]
             needed += [PACK_32, QUANTIZE[form.correction], matmul]
         else:
-            needed += FLOAT.get(qtype, FLOAT[GGMLType.F32])
+            needed += [*FLOAT.get(qtype, FLOAT[GGMLType.F32]), ARRANGE]
     return list(dict.fromkeys(needed))
 
 
@@ -53,6 +53,7 @@ def linear(x: Floats, *weights: Weight) -> list[Floats]:
     Block formats with a kernel meet x rounded to 8 bits for each 32 values; others meet x itself.
     """
     quantized: dict[tuple[Correction, int], tuple[npt.NDArray[Any], Floats, npt.NDArray[Any]]] = {}
+    arranged: Floats | None = None
     results: list[Floats] = []
     for w in weights:
         if x.shape[1] != w.cols:
@@ -64,9 +65,11 @@ def linear(x: Floats, *weights: Weight) -> list[Floats]:
                 quantized[kind] = _quantize(x, *kind)
             results += _multiply(matmul, *quantized[kind], w, len(x), panel_bytes(form))
         elif w.qtype in FLOAT:
-            flat = x.reshape(-1).view(np.int8)
+            if arranged is None:
+                arranged = np.empty(x.size, np.float32)
+                ARRANGE(x, arranged, team.table)
             matmul = FLOAT[w.qtype][1]
-            results += _multiply(matmul, flat, _NO_FLOATS, _NO_INTS, w, len(x))
+            results += _multiply(matmul, arranged.view(np.int8), _NO_FLOATS, _NO_INTS, w, len(x))
         else:
             results.append(_linear_plain(x, w))
     return results

@@ -1,14 +1,17 @@
-"""Rows of activations as 8-bit integers, laid out for the tiles of `integer.py`.
+"""Rows of activations laid out for tiles of tokens: as 8-bit integers for `integer.py`, as they are
+for `floats.py`.
 
 A block is 32 values: scale d = largest magnitude / 127, q = value * (127 / largest) rounded half to
 even, zeros where the largest is below 2^-100.  NaN and infinity make d not finite, so they are not
-lost.  Tokens are put into tiles as `matmul.py` takes them, and a tile holds [block][token][32], so
-that what a kernel reads lies together.
+lost.  Tokens are put into tiles as `matmul.py` takes them, and a tile holds [block][token][32], or
+[column][token] of floats: what a kernel reads lies together.  (Rows side by side do not: they are
+often as far apart as the lines of a set of the cache.)
 """
 
 from typing import Any
 
 from llvmlite import ir
+from numba import njit
 
 from cpuinfer.kernels.elementwise import PIECE
 from cpuinfer.kernels.integer import Correction
@@ -69,6 +72,16 @@ def _store_correction(
         e.store(b.fmul(b.sitofp(total, F32), scale), address)
 
 
+@njit(error_model="numpy")
+def _tile_of(token, tokens):  # type: ignore[no-untyped-def]
+    """Where the tile begins that a token is in, and its size."""
+    start, size = 0, tile_size(tokens)
+    while token >= start + size:
+        start += size
+        size = tile_size(tokens - start)
+    return start, size
+
+
 def _quantizer(kind: Correction) -> Kernel:
     write_block = emitted(_write_block(kind))
 
@@ -78,10 +91,7 @@ def _quantizer(kind: Correction) -> Kernel:
         blocks = cols // 32
         each = correction.size // d.size
         for t in range(begin, end):
-            start, size = 0, tile_size(tokens)  # of the tile the token is in
-            while t >= start + size:
-                start += size
-                size = tile_size(tokens - start)
+            start, size = _tile_of(t, tokens)
             for block in range(blocks):
                 n = start * blocks + block * size + t - start
                 write_block(
@@ -105,3 +115,19 @@ def _quantizer(kind: Correction) -> Kernel:
 
 
 QUANTIZE = {kind: _quantizer(kind) for kind in Correction}
+
+
+@shared("arrange_rows")
+def _arrange_rows(begin, end, seat, x, out):  # type: ignore[no-untyped-def]
+    tokens, cols = x.shape
+    for t in range(begin, end):
+        start, size = _tile_of(t, tokens)
+        for c in range(cols):
+            out[start * cols + c * size + t - start] = x[t, c]
+
+
+@kernel("arrange", "void(f4[:,::1],f4[::1],i8)")
+def ARRANGE(x, out, table):  # type: ignore[no-untyped-def]
+    """x (tokens, cols) float32 to out (tokens * cols,), tile by tile [column][token]."""
+    tokens, cols = x.shape
+    _arrange_rows(table, tokens, max(1, PIECE // cols), (x, out))

@@ -24,15 +24,14 @@ def _tile(size: int, load: Callable[[Emitter, Value], Value], tokens: int) -> Ca
         out: Value,
         stride: Value,
     ) -> None:
-        """out[token, 16 rows]; x is tokens rows of `cols` floats; halves, d, correction unused."""
+        """out[token, 16 rows]; x is [column][token]; halves, d, correction unused."""
         sums = [[e.variable(e.zeros()) for _ in range(e.parts)] for _ in range(tokens)]
-        rows = [e.b.add(x, e.b.mul(cols, ir.Constant(cols.type, 4 * t))) for t in range(tokens)]
         with e.loop(cols) as column:
             e.prefetch(e.at(e.at(words, AHEAD), column, LANES * size))
             for part in range(e.parts):
                 weights = load(e, e.at(e.at(words, part * e.width, size), column, LANES * size))
                 for t in range(tokens):
-                    activation = e.repeat_float(e.at(rows[t], column, 4))
+                    activation = e.repeat_float(e.at(e.at(x, t, 4), column, 4 * tokens))
                     total = e.fma(weights, activation, e.get(sums[t][part]))
                     e.set(sums[t][part], total)
         store_sums(e, sums, out, stride)

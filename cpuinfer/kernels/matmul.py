@@ -128,7 +128,7 @@ def matmul(
         """out[t, r] = sum over c of x[t, c] * weight[r, c], for the rows of one or more matrices.
 
         x (tokens * bytes of a row,) int8, d float32 and correction int32 as `activations.py` makes
-        them (for float weights x is the rows themselves and the others are empty); words (groups,
+        them (for float weights x is all of it, and d and correction are empty); words (groups,
         blocks, words, 16) and halves (groups, blocks, 16) as packed; out (tokens * groups * 16,),
         one matrix (tokens, its rows) after the other.  places (groups, 2) says of each group where
         its matrix begins, in rows, and how many rows that has; both in whole groups.  panels
