@@ -27,6 +27,7 @@ PIECE = 256  # rows dequantized at once for a type without a kernel
 
 _NO_FLOATS = np.empty(0, np.float32)
 _NO_INTS = np.empty(0, np.int32)
+_NO_PANELS = np.empty((0, 0), np.int8)
 
 
 def kernels_for(qtypes: set[GGMLType], kv_type: str) -> list[Kernel]:
@@ -89,14 +90,15 @@ def _multiply(
     `block_bytes` is what a file block of 16 rows takes in a panel.
     """
     out = np.empty(tokens * 16 * len(w.words), np.float32)
-    panel = w.words.shape[1] * block_bytes if tokens >= MANY else 0
-    panels = np.empty((team.threads, panel), np.int8)
+    panels = _NO_PANELS
+    if block_bytes and tokens >= MANY:
+        panels = np.empty((team.threads, w.words.shape[1] * block_bytes), np.int8)
     matmul(x, d, correction, w.words, w.halves, w.places, panels, out, tokens, team.table)
     results, start = [], 0
     for rows in w.parts:
         end = start + -(-rows // 16) * 16
         result = out[tokens * start : tokens * end].reshape(tokens, end - start)
-        results.append(np.ascontiguousarray(result[:, :rows]))
+        results.append(result if end - start == rows else result[:, :rows].copy())
         start = end
     return results
 

@@ -55,7 +55,7 @@ def assert_refused(result: object, code: int, *words: str) -> None:
         ("generate -p x --logit-bias 2048=1", ["logit_bias", "2048"]),
         ("generate -p x --logprobs 3", ["--logprobs", "--json"]),
         ("generate -p x --threads 0", ["threads", "0"]),
-        ("generate -p x --kv-type q8_0", ["--kv-type", "q8_0"]),
+        ("generate -p x --kv-type q9_0", ["--kv-type", "q8_0"]),
         ("generate -p x --sliding-window 0", ["sliding_window", "0"]),
         ("generate -p x --sliding-window on", ["--sliding-window", "on"]),
         ("generate -p x --context-length 1", ["context_length", "1"]),

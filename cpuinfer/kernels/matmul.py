@@ -105,7 +105,7 @@ def matmul(
             h = halves.ctypes.data + g * halves[0].nbytes
             start, stride = places[g]
             first = tokens * start + 16 * g - start
-            p = panels[seat].ctypes.data
+            p = panels.ctypes.data + seat * panels.shape[1]
             unpacked = 0  # tokens that meet the panel: whole tiles of the largest size
             if panels.shape[1]:
                 unpacked = tokens // TILES[0] * TILES[0]
