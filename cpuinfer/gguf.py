@@ -93,6 +93,11 @@ class GGUFFile:
     # Where each key and each tensor's description begins: file and byte.
     _places: Mapping[str, tuple[Path, int]] = field(repr=False)
 
+    @property
+    def paths(self) -> frozenset[Path]:
+        """The file, or those of a split model."""
+        return frozenset(path for path, _ in self._places.values())
+
     def error(self, name: str, reason: str) -> ModelFormatError:
         """The error to raise for what a key or a tensor of this file says."""
         path, place = self._places.get(name, (self.path, None))

@@ -12,6 +12,13 @@ from typing import TextIO
 DELAY = 0.5  # seconds a stage lasts before it is shown
 COMPILING = 2.0  # seconds after which a plain line says what takes so long
 _TICK = 0.2  # seconds between two drawings
+_OF_BYTES = {
+    "quantize": "quantizing",
+    "split": "splitting",
+    "join": "joining",
+    "convert": "converting",
+    "verify": "verifying",
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,16 @@ class Stage:
             return f"compiling kernels {min(self.done + 1, self.total)}/{self.total} (done once)"
         if self.name == "load":
             return f"loading {100 * self.done // max(1, self.total)} %"
-        line = f"reading prompt {self.done}/{self.total}"
+        if self.name in _OF_BYTES:
+            share = 100 * self.done // max(1, self.total)
+            line, unit, count = f"{_OF_BYTES[self.name]} {share} %", "MB/s", 1e6
+        else:
+            line, unit, count = f"reading {self.name} {self.done}/{self.total}", "tok/s", 1
         if self.done == 0 or self.reported <= self.start:
             return line
         rate = self.done / (self.reported - self.start)
         left = (self.total - self.done) / rate - (now - self.reported)
-        return f"{line}  {rate:.1f} tok/s  ETA {_clock(left)}"
+        return f"{line}  {rate / count:.1f} {unit}  ETA {_clock(left)}"
 
 
 class Progress:
@@ -55,7 +66,7 @@ class Progress:
         self._ticker: threading.Thread | None = None
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        """A stage of this name ("compile", "load", "prompt") has come so far."""
+        """A stage ("compile", "load", "prompt", "text" or one of _OF_BYTES) has come so far."""
         now = time.monotonic()
         with self._lock:
             if self._stage is None or self._stage.name != name:

@@ -3,11 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from quant import fit
+
 BLOCK_SIZE = 1
 LAYOUT = np.dtype("<u2")
-
-_INFINITY = np.uint32(0x7F800000)
-_QUIET = np.uint32(0x00400000)
 
 
 def dequantize_blocks(blocks: np.ndarray) -> NDArray[np.float32]:
@@ -19,7 +18,4 @@ def dequantize_blocks(blocks: np.ndarray) -> NDArray[np.float32]:
 
 def quantize_blocks(x: NDArray[np.float32]) -> np.ndarray:
     """(n, 1) float32 -> (n,) LAYOUT, rounded to the nearest, ties to even; NaN stays NaN"""
-    bits = x[:, 0].view(np.uint32)
-    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    nan = (bits & np.uint32(0x7FFFFFFF)) > _INFINITY
-    return (np.where(nan, bits | _QUIET, rounded) >> np.uint32(16)).astype(LAYOUT)
+    return fit.to_bf16(x[:, 0]).view(LAYOUT)

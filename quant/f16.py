@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from quant import fit
+
 BLOCK_SIZE = 1
 LAYOUT = np.dtype("<f2")
 
@@ -14,4 +16,4 @@ def dequantize_blocks(blocks: np.ndarray) -> NDArray[np.float32]:
 
 def quantize_blocks(x: NDArray[np.float32]) -> np.ndarray:
     """(n, 1) float32 -> (n,) LAYOUT, rounded to the nearest, ties to even"""
-    return x[:, 0].astype(LAYOUT)
+    return fit.to_f16(x[:, 0]).view(LAYOUT)

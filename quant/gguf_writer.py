@@ -46,6 +46,13 @@ _SCALARS = {
 
 
 @dataclass(frozen=True)
+class Raw:
+    """A metadata value as a file holds it, with its type in front."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A tensor to write. `shape` is in NumPy order: (rows, cols).
 
@@ -88,7 +95,7 @@ def write_gguf(
     """Write `path`, or leave it as it was; one tensor's data is in memory at a time.
 
     Metadata: str or bytes; bool; int (stored as uint32); float (float32); a NumPy scalar (its own
-    type); a one-dimensional NumPy array; a list of str or bytes, or of equal Python scalars.
+    type); a one-dimensional NumPy array; a list of str or bytes, or of equal Python scalars; Raw.
     A tuple (name, type, array) stands for `Tensor.of`. An existing file is replaced.
 
     ValueError for what GGUF cannot hold, OSError from the file system.
@@ -169,6 +176,8 @@ def _string(text: str | bytes) -> bytes:
 
 def _value(value: Any) -> bytes:
     """A metadata value with its type in front."""
+    if isinstance(value, Raw):
+        return value.data
     if isinstance(value, str | bytes):
         return struct.pack("<I", _STRING) + _string(value)
     if isinstance(value, list | tuple):

@@ -16,14 +16,6 @@ def unpack_planes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return planes.reshape(*packed.shape[:-1], -1)
 
 
-def pack_planes(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """The inverse of `unpack_planes`: (..., 8 // bits * width) uint8 -> (..., width) uint8."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    planes = values.reshape(*values.shape[:-1], len(shifts), -1) << shifts[:, None]
-    packed: NDArray[np.uint8] = np.bitwise_or.reduce(planes, axis=-2)
-    return packed
-
-
 def scale_column(blocks: np.ndarray, field: str) -> NDArray[np.float32]:
     """A half of each block, (n,) LAYOUT -> (n, 1) float32."""
     column: NDArray[np.float32] = blocks[field].astype(np.float32)[:, None]

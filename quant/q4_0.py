@@ -9,8 +9,8 @@ weight[i] = d * (qs[i] - 8)
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.packing import pack_planes, scale_column, unpack_planes
-from quant.rounding import inverse, truncate
+from quant import fit
+from quant.packing import scale_column, unpack_planes
 
 BLOCK_SIZE = 32
 LAYOUT = np.dtype([("d", "<f2"), ("qs", "u1", (16,))])
@@ -28,9 +28,17 @@ def quantize_blocks(x: NDArray[np.float32]) -> np.ndarray:
 
     The value furthest from zero becomes 0, that is -8 * d, so d has the opposite sign.
     """
-    furthest = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
-    scale = furthest / np.float32(-8)  # (n, 1)
-    blocks = np.empty(len(x), LAYOUT)
-    blocks["d"] = scale[:, 0]
-    blocks["qs"] = pack_planes(truncate(x * inverse(scale) + np.float32(8.5), 15), 4)
+    return _pack(*fit.from_furthest(x, 8))
+
+
+def quantize_weighted(x: NDArray[np.float32], weights: NDArray[np.float32]) -> np.ndarray:
+    """rows (n, cols), importance (cols,) -> blocks, as quantize_row_q4_0_impl of ggml-quants.c"""
+    importance = fit.importance(x, weights, part=x.shape[1], factor=1).reshape(-1, BLOCK_SIZE)
+    return _pack(*fit.signed(x.reshape(-1, BLOCK_SIZE), importance, 8))
+
+
+def _pack(scale: NDArray[np.float32], q: NDArray[np.uint8]) -> np.ndarray:
+    blocks = np.empty(len(q), LAYOUT)
+    blocks["d"] = scale
+    blocks["qs"] = fit.pack_planes(q, 4)
     return blocks

@@ -10,8 +10,8 @@ weight[i] = d * qs[i] + m
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.packing import pack_planes, scale_column, unpack_planes
-from quant.rounding import inverse, truncate
+from quant import fit
+from quant.packing import scale_column, unpack_planes
 
 BLOCK_SIZE = 32
 LAYOUT = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))])
@@ -27,9 +27,18 @@ def dequantize_blocks(blocks: np.ndarray) -> NDArray[np.float32]:
 
 def quantize_blocks(x: NDArray[np.float32]) -> np.ndarray:
     """(n, 32) float32 -> (n,) LAYOUT, as quantize_row_q4_1_ref of ggml-quants.c"""
-    lowest = x.min(axis=1, keepdims=True)
-    scale = (x.max(axis=1, keepdims=True) - lowest) / np.float32(15)  # (n, 1)
-    blocks = np.empty(len(x), LAYOUT)
-    blocks["d"], blocks["m"] = scale[:, 0], lowest[:, 0]
-    blocks["qs"] = pack_planes(truncate((x - lowest) * inverse(scale) + np.float32(0.5), 15), 4)
+    return _pack(*fit.from_range(x, 15))
+
+
+def quantize_weighted(x: NDArray[np.float32], weights: NDArray[np.float32]) -> np.ndarray:
+    """rows (n, cols), importance (cols,) -> blocks, as quantize_row_q4_1_impl of ggml-quants.c"""
+    importance = fit.importance(x, weights, part=x.shape[1], factor=1).reshape(-1, BLOCK_SIZE)
+    scale, low, q = fit.affine_weighted(x.reshape(-1, BLOCK_SIZE), importance, 15)
+    return _pack(scale, -low, q)
+
+
+def _pack(scale: NDArray[np.float32], low: NDArray[np.float32], q: NDArray[np.uint8]) -> np.ndarray:
+    blocks = np.empty(len(q), LAYOUT)
+    blocks["d"], blocks["m"] = scale, low
+    blocks["qs"] = fit.pack_planes(q, 4)
     return blocks

@@ -11,8 +11,8 @@ weight[i] = d * (q[i] - 16), q = qs + 16 * qh, 0..31
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.packing import pack_planes, scale_column, unpack_planes
-from quant.rounding import inverse, truncate
+from quant import fit
+from quant.packing import scale_column, unpack_planes
 
 BLOCK_SIZE = 32
 LAYOUT = np.dtype([("d", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))])
@@ -31,11 +31,18 @@ def quantize_blocks(x: NDArray[np.float32]) -> np.ndarray:
 
     The value furthest from zero becomes 0, that is -16 * d, so d has the opposite sign.
     """
-    furthest = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1)
-    scale = furthest / np.float32(-16)  # (n, 1)
-    q = truncate(x * inverse(scale) + np.float32(16.5), 31)  # (n, 32)
-    blocks = np.empty(len(x), LAYOUT)
-    blocks["d"] = scale[:, 0]
+    return _pack(*fit.from_furthest(x, 16))
+
+
+def quantize_weighted(x: NDArray[np.float32], weights: NDArray[np.float32]) -> np.ndarray:
+    """rows (n, cols), importance (cols,) -> blocks, as quantize_row_q5_0_impl of ggml-quants.c"""
+    importance = fit.importance(x, weights, part=x.shape[1], factor=1).reshape(-1, BLOCK_SIZE)
+    return _pack(*fit.signed(x.reshape(-1, BLOCK_SIZE), importance, 16))
+
+
+def _pack(scale: NDArray[np.float32], q: NDArray[np.uint8]) -> np.ndarray:
+    blocks = np.empty(len(q), LAYOUT)
+    blocks["d"] = scale
     blocks["qh"] = np.packbits(q >> 4, axis=1, bitorder="little")
-    blocks["qs"] = pack_planes(q & np.uint8(15), 4)
+    blocks["qs"] = fit.pack_planes(q & np.uint8(15), 4)
     return blocks

@@ -12,8 +12,8 @@ weight[i] = d * q[i] + m, q = qs + 16 * qh, 0..31
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.packing import pack_planes, scale_column, unpack_planes
-from quant.rounding import inverse, truncate
+from quant import fit
+from quant.packing import scale_column, unpack_planes
 
 BLOCK_SIZE = 32
 LAYOUT = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", (4,)), ("qs", "u1", (16,))])
@@ -30,11 +30,19 @@ def dequantize_blocks(blocks: np.ndarray) -> NDArray[np.float32]:
 
 def quantize_blocks(x: NDArray[np.float32]) -> np.ndarray:
     """(n, 32) float32 -> (n,) LAYOUT, as quantize_row_q5_1_ref of ggml-quants.c"""
-    lowest = x.min(axis=1, keepdims=True)
-    scale = (x.max(axis=1, keepdims=True) - lowest) / np.float32(31)  # (n, 1)
-    q = truncate((x - lowest) * inverse(scale) + np.float32(0.5), 31)  # (n, 32)
-    blocks = np.empty(len(x), LAYOUT)
-    blocks["d"], blocks["m"] = scale[:, 0], lowest[:, 0]
+    return _pack(*fit.from_range(x, 31))
+
+
+def quantize_weighted(x: NDArray[np.float32], weights: NDArray[np.float32]) -> np.ndarray:
+    """rows (n, cols), importance (cols,) -> blocks, as quantize_row_q5_1_impl of ggml-quants.c"""
+    importance = fit.importance(x, weights, part=x.shape[1], factor=1).reshape(-1, BLOCK_SIZE)
+    scale, low, q = fit.affine_weighted(x.reshape(-1, BLOCK_SIZE), importance, 31)
+    return _pack(scale, -low, q)
+
+
+def _pack(scale: NDArray[np.float32], low: NDArray[np.float32], q: NDArray[np.uint8]) -> np.ndarray:
+    blocks = np.empty(len(q), LAYOUT)
+    blocks["d"], blocks["m"] = scale, low
     blocks["qh"] = np.packbits(q >> 4, axis=1, bitorder="little")
-    blocks["qs"] = pack_planes(q & np.uint8(15), 4)
+    blocks["qs"] = fit.pack_planes(q & np.uint8(15), 4)
     return blocks

@@ -149,7 +149,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
         ([("a", GGMLType.F32, values(1, 1, 1, 1, 1))], "1 to 4 sizes"),
         ([("a", GGMLType.F32, values(3, 0))], "1 to 4 sizes"),
         ([("a", GGMLType.Q4_0, values(2, 33))], "a: Q4_0 rows are multiples of 32"),
-        ([("a", GGMLType.Q4_K, values(2, 256))], "a: no quantizer"),
+        ([("a", GGMLType.Q4_K, values(2, 288))], "a: Q4_K rows are multiples of 256"),
         ([("a", GGMLType.F32, np.zeros(4, np.int32))], "got int32"),
         ([("a", GGMLType.Q4_0, np.zeros((2, 19), np.uint8))], "packed rows are uint8"),
         ([Tensor("a", GGMLType.F32, (2, 3), lambda: values(3, 2))], "its data"),
