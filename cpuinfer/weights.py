@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpuinfer.gguf import QTensor
-from cpuinfer.kernels import q4_0, q4_k, q5_k, q6_k, q8_0
+from cpuinfer.kernels import q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 from cpuinfer.kernels.floats import BF16_MATMUL, F16_MATMUL, F32_MATMUL
 from cpuinfer.kernels.integer import Format
 from cpuinfer.kernels.jit import Kernel
@@ -19,7 +19,11 @@ from quant.ggml_types import GGMLType
 #: dequantized some rows at a time and multiplied as F32.
 INTEGER: dict[GGMLType, tuple[Format, Kernel]] = {
     GGMLType.Q4_0: (q4_0.FORMAT, q4_0.MATMUL),
+    GGMLType.Q4_1: (q4_1.FORMAT, q4_1.MATMUL),
+    GGMLType.Q5_0: (q5_0.FORMAT, q5_0.MATMUL),
+    GGMLType.Q5_1: (q5_1.FORMAT, q5_1.MATMUL),
     GGMLType.Q8_0: (q8_0.FORMAT, q8_0.MATMUL),
+    GGMLType.Q3_K: (q3_k.FORMAT, q3_k.MATMUL),
     GGMLType.Q4_K: (q4_k.FORMAT, q4_k.MATMUL),
     GGMLType.Q5_K: (q5_k.FORMAT, q5_k.MATMUL),
     GGMLType.Q6_K: (q6_k.FORMAT, q6_k.MATMUL),

@@ -27,6 +27,8 @@ for qtype, output, kv_type in (
     ("Q4_0", "Q6_K", "f16"),
     ("Q4_0", "Q6_K", "f32"),
     ("Q8_0", "Q8_0", "f16"),
+    ("Q4_1", "Q5_0", "f16"),
+    ("Q5_1", "Q3_K", "f16"),
     ("Q4_K", "Q5_K", "f16"),
     ("Q4_0", "Q6_K", "q8_0"),
     ("F16", "F32", "f16"),
@@ -68,7 +70,7 @@ def test_all_sets_compute_the_same_bits(
     for isa in SETS:
         used, *found[isa] = run_python(LOGITS, CPUINFER_ISA=isa).splitlines()
         assert used == isa
-        assert len(found[isa]) == 7
+        assert len(found[isa]) == 9
     assert all(lines == found[SETS[0]] for lines in found.values()), found
 
 

@@ -101,7 +101,7 @@ def _packed(e: Emitter, form: Format, words: Value, halves: Value, file_blocks: 
     """The blocks of a group as they are packed; those further on are fetched meanwhile."""
     line = 4 * LANES  # bytes of a word of 16 rows, and of a cache line
     ahead = -(-AHEAD // (form.words * line))  # file blocks
-    per_round, in_round = form.blocks // form.rounds, form.words // form.rounds
+    per_round, in_round = form.blocks // form.rounds, -(-form.words // form.rounds)
     with e.loop(file_blocks) as outer:
         for part in range(e.parts):
             w = e.at(e.at(words, 4 * part * e.width), outer, form.words * line)
