@@ -3,7 +3,7 @@
 An error is one line on standard error that names the file and what is wrong, and an exit code:
 
     2         usage, a parameter out of range, a prompt longer than the context (ValueError)
-    65        a model file that is malformed or unsupported (ModelFormatError), or whose weights
+    65        a model file or a checkpoint that is malformed or unsupported, or whose weights
               give no numbers (NumericsError); a prompt file that is not UTF-8
     66        an input file that is missing or cannot be opened (OSError with a file name)
     73        an output file that cannot be made
@@ -37,7 +37,13 @@ _COMMANDS = {
         commands.doctor,
         commands.warmup,
         commands.bench,
+        commands.quantize,
         commands.perplexity,
+        commands.merge,
+        commands.split,
+        commands.join,
+        commands.convert,
+        commands.imatrix,
     )
 }
 
@@ -57,12 +63,11 @@ _NO_INPUT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
         with _signals():
             _set_up_output()
             try:
-                arguments = options.parse(argv)
+                arguments = options.parse(sys.argv[1:] if argv is None else argv)
                 _COMMANDS[arguments.command](arguments)
                 code = 0
             except SystemExit as end:
@@ -70,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except KeyboardInterrupt:
+        if argv is None:  # the process ends here, and one more Ctrl-C is not to kill it meanwhile
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         _abandon_output()
@@ -86,9 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> tuple[int, str] | None:
     """The exit code for an error, and what to say of it; None for a mistake in this program."""
     from cpuinfer.sampling import NumericsError
+    from quant.settings import CheckpointError
 
     match error:
-        case ModelFormatError() | NumericsError() | commands.BadInput():
+        case ModelFormatError() | CheckpointError() | NumericsError() | commands.BadInput():
             return 65, str(error)
         case commands.BadOutput():
             return 73, str(error)

@@ -18,8 +18,9 @@ from cpuinfer.config import ModelConfig, SlidingWindow
 from cpuinfer.generate import Generation
 from cpuinfer.gguf import GGUFFile, ModelFormatError, escape, open_gguf
 from cpuinfer.kernels.jit import Kernel
+from cpuinfer.lora import Adapter, open_adapter
 from cpuinfer.models import ARCHITECTURES
-from cpuinfer.models.llama import Llama, check_tensors
+from cpuinfer.models.llama import Llama, check_tensors, expected_shapes
 from cpuinfer.plan import fitting_context, memory_plan
 from cpuinfer.sampling import Sampled, Sampler, SamplingParams
 from cpuinfer.speculate import Costs
@@ -31,6 +32,8 @@ KVType = Literal["f32", "f16", "q8_0"]
 Message = Mapping[str, Any]
 #: Called with a stage ("compile", "load", "prompt"), how much is done, and of how much.
 Progress = Callable[[str, int, int], None]
+#: A file, or a file and a scale.
+Lora = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class LLM:
@@ -46,6 +49,7 @@ class LLM:
         kv_type: KVType = "f16",
         template: str | None = None,
         *,
+        lora: Sequence[Lora] = (),
         speculation: bool = True,
         on_progress: Progress | None = None,
     ) -> None:
@@ -57,6 +61,7 @@ class LLM:
         than the CPUs of this process;
         `sliding_window` see ModelConfig.from_gguf;
         `kv_type` "f16", "f32" or "q8_0"; `template` a built-in chat template or a Jinja file;
+        `lora` adapters in GGUF files, each alone or in a tuple with its scale;
         `speculation` drafts tokens from the text where that is faster: same tokens, fewer passes.
         Raises OSError, ModelFormatError, machine.NotEnoughMemory, ValueError for an argument.
         """
@@ -67,8 +72,15 @@ class LLM:
             raise ModelFormatError(self.path, "tensors", None, "there are none, only metadata")
         self.config = ModelConfig.from_gguf(self.file, sliding_window)
         self.tokenizer: Tokenizer = load_tokenizer(self.file)
+        self.adapters = _open_adapters(lora, self.file, self.config)
         self.kv_type = kv_type
-        self.context_length = fitting_context(self.file, self.config, kv_type, context_length)
+        self.context_length = fitting_context(
+            self.file,
+            self.config,
+            kv_type,
+            context_length,
+            sum(adapter.nbytes for adapter in self.adapters),
+        )
         self._cut_context = context_length is None and (
             self.context_length < self.config.context_length
         )
@@ -79,7 +91,8 @@ class LLM:
         self.threads = min(threads or machine.decode_threads(cores)[0], most_threads())
         self.prefill_threads = min(prefill_threads or threads or cores, most_threads())
         self._on_progress = on_progress or (lambda stage, done, total: None)
-        prepare_kernels(ops.kernels_for(matrix_types(self.file), kv_type), self._on_progress)
+        qtypes = matrix_types(self.file) | ({GGMLType.F32} if self.adapters else set())
+        prepare_kernels(ops.kernels_for(qtypes, kv_type), self._on_progress)
         self._loaded: Llama | None = ARCHITECTURES[self.file.text("general.architecture")](
             self.file,
             self.config,
@@ -88,6 +101,7 @@ class LLM:
             prefill_threads=self.prefill_threads,
             context_length=self.context_length,
             progress=lambda done, total: self._on_progress("load", done, total),
+            adapters=self.adapters,
         )
         self._costs = Costs() if speculation else None
         self._spare: list[tuple[KVCache, list[int]]] = []  # with the ids of the positions it holds
@@ -115,6 +129,7 @@ class LLM:
     def warnings(self) -> tuple[str, ...]:
         """What whoever runs the model should know, one line each."""
         found = file_warnings(self.file, self.config)
+        found += [warning for adapter in self.adapters for warning in adapter.file.warnings]
         trained = self.config.context_length
         if self._cut_context:
             found.append(
@@ -292,6 +307,16 @@ def _check_arguments(threads: int | None, prefill_threads: int | None, kv_type: 
             raise ValueError(f"{name} must be at least 1, got {count}")
     if kv_type not in DTYPES:
         raise ValueError(f"kv_type must be one of {', '.join(DTYPES)}, got {kv_type!r}")
+
+
+def _open_adapters(
+    lora: Sequence[Lora], file: GGUFFile, config: ModelConfig
+) -> tuple[Adapter, ...]:
+    """The adapters, checked against what the model uses of its file."""
+    shapes = {name: s for name, s in expected_shapes(config).items() if name in file.tensors}
+    architecture = file.text("general.architecture")
+    given = ((each if isinstance(each, tuple) else (each, 1.0)) for each in lora)
+    return tuple(open_adapter(path, scale, architecture, shapes) for path, scale in given)
 
 
 def matrix_types(file: GGUFFile) -> set[GGMLType]:

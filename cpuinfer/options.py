@@ -7,11 +7,15 @@ for, never for `cpuinfer --help`.
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cpuinfer import __version__
 from cpuinfer.gguf_errors import escape
+
+if TYPE_CHECKING:
+    from quant.ggml_types import GGMLType
 
 BUNDLED = "a small model that comes with cpuinfer"
 FIRST_PROMPT = "Once upon a time"
@@ -75,6 +79,18 @@ def measuring(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
+def wishes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters of quant.mixes.Wishes that were given."""
+    names = ("pure", "output_type", "token_embedding_type", "tensor_types")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def dividing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters of shards.divide that were given."""
+    names = ("max_bytes", "max_tensors")
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
 def loading(arguments: argparse.Namespace) -> dict[str, Any]:
     """The parameters of LLM that were given, except for the model."""
     names = (
@@ -84,6 +100,7 @@ def loading(arguments: argparse.Namespace) -> dict[str, Any]:
         "sliding_window",
         "kv_type",
         "template",
+        "lora",
         "speculation",
     )
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
@@ -130,6 +147,16 @@ def _add_speculation(group: argparse._ActionsContainer) -> None:
         dest="speculation",
         action="store_false",
         help="compute token by token, to compare; the text is the same",
+    )
+
+
+def _add_lora(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--lora",
+        action="append",
+        type=_lora,
+        metavar="FILE[:SCALE]",
+        help="an adapter in a GGUF file, times SCALE (default: 1); may be repeated",
     )
 
 
@@ -207,14 +234,51 @@ def _window(text: str) -> int | str:
     return text if text in ("auto", "off") else int(text)
 
 
+def _lora(text: str) -> tuple[str, float]:
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:  # the colon is one of the file's name
+        return text, 1.0
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"([0-9.]+)([KMG]?)", text.upper())
+    if found is None:
+        raise ValueError
+    # Thousands, as llama.cpp counts.
+    return int(float(found[1]) * 1000 ** ("KMG".find(found[2]) + 1 if found[2] else 0))
+
+
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     return int(token), float(bias)
 
 
+def _qtype(name: str) -> "GGMLType":
+    from quant.ggml_types import GGMLType
+
+    try:
+        return GGMLType[name.upper()]
+    except KeyError:
+        raise ValueError from None
+
+
+def _typed_pattern(text: str) -> tuple[str, "GGMLType"]:
+    pattern, _, name = text.rpartition("=")
+    try:
+        re.compile(pattern)
+    except re.error:
+        raise ValueError from None
+    return pattern, _qtype(name)
+
+
 # argparse names the function in its message: "invalid number, off or auto value: 'on'"
 _window.__name__ = "number, off or auto"
 _bias.__name__ = "ID=BIAS"
+_size.__name__ = "size such as 2G"
+_qtype.__name__ = "type of a tensor"
+_typed_pattern.__name__ = "PATTERN=TYPE"
 
 
 # Commands
@@ -228,7 +292,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "-f", "--file", metavar="FILE", help="a file with the text to continue; -: standard input"
     )
     _add_sampling(parser)
-    _add_speculation(_add_loading(parser))
+    group = _add_loading(parser)
+    _add_lora(group)
+    _add_speculation(group)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json",
@@ -265,7 +331,9 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         help="a built-in chat template or a Jinja file (default: the model file's own)",
     )
     _add_sampling(parser)
-    _add_speculation(_add_loading(parser))
+    group = _add_loading(parser)
+    _add_lora(group)
+    _add_speculation(group)
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -340,7 +408,194 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
     group = parser.add_argument_group("the model in memory")
     _add_cache(group)
+    _add_lora(group)
     _add_threads(group)
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    from quant.mixes import MIXES
+
+    parser.add_argument("input", metavar="IN.gguf", help="a GGUF file; of a split model, any part")
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write, in one part")
+    parser.add_argument(
+        "type", metavar="TYPE", type=str.upper, choices=tuple(MIXES), help=", ".join(MIXES)
+    )
+    parser.add_argument("--imatrix", metavar="FILE", help="weigh errors by an importance matrix")
+    _add_tensor_types(parser)
+    parser.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        default=False,
+        help="even where tensors are quantized already, which loses more",
+    )
+    parser.add_argument("--force", action="store_true", default=False, help="replace OUT.gguf")
+    parser.add_argument(
+        "--dry-run", action="store_true", default=False, help="show types and sizes, write nothing"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to compute with (default: the cores this process may use)",
+    )
+    _add_json(parser)
+
+
+def _add_tensor_types(parser: argparse.ArgumentParser) -> None:
+    from quant.ggml_types import GGMLType
+
+    types = ", ".join(t.name for t in GGMLType)
+    group = parser.add_argument_group("types of single tensors", f"Of {types}.")
+    group.add_argument(
+        "--pure", action="store_true", help="the type itself for all, not llama.cpp's mix"
+    )
+    group.add_argument("--output-type", type=_qtype, metavar="TYPE", help="of the output matrix")
+    group.add_argument(
+        "--token-embedding-type", type=_qtype, metavar="TYPE", help="of the embeddings"
+    )
+    group.add_argument(
+        "--tensor-type",
+        dest="tensor_types",
+        action="append",
+        type=_typed_pattern,
+        metavar="PATTERN=TYPE",
+        help="of tensors in whose name a regular expression is found; may be repeated",
+    )
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from quant.mixes import MIXES
+
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a directory with config.json or params.json, safetensors and a vocabulary",
+    )
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write")
+    parser.add_argument(
+        "--type",
+        metavar="TYPE",
+        type=str.upper,
+        choices=tuple(MIXES),
+        default="F16",
+        help=f"{', '.join(MIXES)} (default: %(default)s)",
+    )
+    _add_tensor_types(parser)
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="hold the written file against its source before it takes its place (default: yes)",
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the errors by layer to a file")
+    _add_force(parser, "OUT.gguf")
+    parser.add_argument(
+        "--dry-run", action="store_true", default=False, help="show types and sizes, write nothing"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to compute with (default: the cores this process may use)",
+    )
+    _add_json(parser)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    from quant.mixes import MIXES
+
+    parser.add_argument("input", metavar="MODEL", help="a GGUF file; of a split model, any part")
+    parser.add_argument(
+        "lora",
+        metavar="ADAPTER[:SCALE]",
+        nargs="+",
+        type=_lora,
+        help="an adapter in a GGUF file, times SCALE (default: 1)",
+    )
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write, in one part")
+    parser.add_argument(
+        "--type",
+        metavar="TYPE",
+        type=str.upper,
+        choices=tuple(MIXES),
+        help=f"{', '.join(MIXES)} (default: each tensor keeps its own)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to compute with (default: the cores this process may use)",
+    )
+    _add_force(parser, "OUT.gguf")
+    _add_json(parser)
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN.gguf", help="a GGUF file; of a split model, any part")
+    parser.add_argument(
+        "prefix", metavar="OUT-PREFIX", help="parts are called OUT-PREFIX-00001-of-00003.gguf"
+    )
+    limits = parser.add_mutually_exclusive_group(required=True)
+    limits.add_argument(
+        "--max-size",
+        dest="max_bytes",
+        type=_size,
+        metavar="N[K|M|G]",
+        help="bytes of a part at most, in units of a thousand, a million or a billion",
+    )
+    limits.add_argument("--max-tensors", type=int, metavar="N", help="tensors of a part at most")
+    _add_force(parser, "parts that exist")
+    _add_json(parser)
+
+
+def _add_join(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="FIRST-PART", help="a part of a split model")
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write")
+    _add_force(parser, "OUT.gguf")
+    _add_json(parser)
+
+
+def _add_imatrix(parser: argparse.ArgumentParser) -> None:
+    from cpuinfer.perplexity import CONTEXT_LENGTH
+
+    _add_model(parser, BUNDLED)
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", required=True, help="the text; -: standard input"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="imatrix.gguf",
+        help="the file to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ctx",
+        "--context-length",
+        dest="context_length",
+        type=int,
+        default=CONTEXT_LENGTH,
+        metavar="N",
+        help="tokens of a chunk (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunks", type=int, metavar="N", help="read the first N chunks only (default: all)"
+    )
+    parser.add_argument(
+        "--process-output",
+        action="store_true",
+        default=False,
+        help="for the output matrix as well, which is better quantized without",
+    )
+    _add_force(parser, "FILE")
+    _add_json(parser)
+    group = parser.add_argument_group("the model in memory")
+    _add_cache(group)
+    _add_threads(group)
+
+
+def _add_force(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--force", action="store_true", default=False, help=f"replace {what}")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -383,5 +638,32 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]]
         "measure how well a model predicts a text",
         "As llama.cpp defines it: chunks that do not overlap, each with BOS first, and its second "
         "half scored. With --kl-divergence also how far from another model's its predictions are.",
+    ),
+    "quantize": (
+        _add_quantize,
+        "write a model in other types, smaller",
+        "Types of tensors are llama.cpp's for the same name, and so are the bytes of each.",
+    ),
+    "convert": (
+        _add_convert,
+        "make a model file of published weights",
+        "From Hugging Face's form or Mistral's own, in one pass to any type, tensor by tensor. "
+        "Nothing of the source is run.",
+    ),
+    "merge": (
+        _add_merge,
+        "write a model with LoRA adapters folded into its weights",
+        "Less is lost where MODEL is not quantized, or with --lora, which leaves MODEL as it is.",
+    ),
+    "split": (
+        _add_split,
+        "write a model file in several parts",
+        "Any part opens the whole model; llama.cpp has to be given the first.",
+    ),
+    "join": (_add_join, "write the parts of a split model as one file", ""),
+    "imatrix": (
+        _add_imatrix,
+        "measure which columns of the weights matter for a text",
+        "The file is llama.cpp's importance matrix, for quantize --imatrix.",
     ),
 }

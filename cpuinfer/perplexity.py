@@ -77,19 +77,19 @@ def examine(
     return {**report, "base": against, **divergence(scores)}
 
 
-def split(tokenizer: Tokenizer, text: str, length: int) -> npt.NDArray[np.int32]:
+def split(tokenizer: Tokenizer, text: str, length: int, least: int = 2) -> npt.NDArray[np.int32]:
     """A text's whole chunks (n, length), each with BOS for its first token if the model adds one.
 
-    Unsuitable for less than two of them, ValueError for a length that leaves next to nothing to
+    Unsuitable for less than `least` of them, ValueError for a length that leaves next to nothing to
     score.
     """
     if length < 8:
         raise ValueError(f"a chunk must have at least 8 tokens, got {length}")
     ids = np.array(tokenizer.encode(text), np.int32)
-    if len(ids) < 2 * length:
+    if len(ids) < least * length:
         raise Unsuitable(
-            f"the text has {len(ids)} tokens, but perplexity in chunks of {length} takes at least "
-            f"{2 * length}: take a longer text or shorter chunks"
+            f"the text has {len(ids)} tokens, but chunks of {length} take at least "
+            f"{least * length}: take a longer text or shorter chunks"
         )
     rows = ids[: len(ids) // length * length].reshape(-1, length)
     if tokenizer.add_bos and tokenizer.bos_id is not None:

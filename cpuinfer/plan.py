@@ -8,14 +8,14 @@ from cpuinfer.models.llama import CHUNK, capacity
 
 
 def memory_plan(
-    file: GGUFFile, config: ModelConfig, kv_type: str, context_length: int
+    file: GGUFFile, config: ModelConfig, kv_type: str, context_length: int, adapters: int = 0
 ) -> machine.MemoryPlan:
-    """What the model will take with a cache of this context."""
+    """What the model will take with a cache of this context and `adapters` bytes of adapters."""
     positions = capacity(config, min(CHUNK, context_length), context_length)
     cache = cache_bytes(config.n_layers, config.n_kv_heads, config.head_dim, positions, kv_type)
     widest = max(config.hidden_dim, config.dim, config.n_heads * config.head_dim)
     scratch = 4 * 6 * CHUNK * widest + 4 * CHUNK * config.vocab_size + (150 << 20)
-    return machine.MemoryPlan(file.nbytes, cache, scratch)
+    return machine.MemoryPlan(file.nbytes + adapters, cache, scratch)
 
 
 def check_context(config: ModelConfig, context_length: int) -> None:
@@ -30,7 +30,11 @@ def check_context(config: ModelConfig, context_length: int) -> None:
 
 
 def fitting_context(
-    file: GGUFFile, config: ModelConfig, kv_type: str, context_length: int | None
+    file: GGUFFile,
+    config: ModelConfig,
+    kv_type: str,
+    context_length: int | None,
+    adapters: int = 0,
 ) -> int:
     """The context to use: the one asked for, or the trained one cut to what memory allows.
 
@@ -40,10 +44,12 @@ def fitting_context(
     available = machine.memory_available()
     if context_length is not None:
         check_context(config, context_length)
-        machine.check(memory_plan(file, config, kv_type, context_length), available)
+        machine.check(memory_plan(file, config, kv_type, context_length, adapters), available)
         return context_length
     fitting = config.context_length
-    while fitting > 512 and memory_plan(file, config, kv_type, fitting).total > available:
+    while fitting > 512 and (
+        memory_plan(file, config, kv_type, fitting, adapters).total > available
+    ):
         fitting //= 2
-    machine.check(memory_plan(file, config, kv_type, fitting), available)
+    machine.check(memory_plan(file, config, kv_type, fitting, adapters), available)
     return fitting

@@ -49,6 +49,16 @@ def until(condition: Callable[[], bool]) -> None:
             "reading prompt 512/2048  8.0 tok/s  ETA 3:10",
         ),
         (
+            Stage("text", 512, 2048, 100.0, 164.0),
+            166.0,
+            "reading text 512/2048  8.0 tok/s  ETA 3:10",
+        ),
+        (
+            Stage("join", 10**9, 4 * 10**9, 0.0, 5.0),
+            6.0,
+            "joining 25 %  200.0 MB/s  ETA 0:14",
+        ),
+        (
             Stage("prompt", 1, 7266, 0.0, 1.0),
             1.0,
             "reading prompt 1/7266  1.0 tok/s  ETA 2:01:05",

@@ -12,7 +12,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from cpuinfer import ops
+from cpuinfer import lora, ops
 from cpuinfer.cache import KVCache
 from cpuinfer.config import ModelConfig
 from cpuinfer.gguf import GGUFFile, QTensor
@@ -22,6 +22,8 @@ from quant import dequantize
 from quant.ggml_types import GGMLType
 
 Floats = npt.NDArray[np.float32]
+#: Called with the names of matrices and the activations (T, cols) that they are about to meet.
+Observer = Callable[[Sequence[str], Floats], None]
 
 #: The most tokens one sequence adds in a pass: enough to make prefill a matter of arithmetic, few
 #: enough that a layer of a 7B model takes a fraction of a second, for Ctrl-C is heard between them.
@@ -53,15 +55,33 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """Matrices that meet the same activations, and what adapters add to their products."""
+
+    names: tuple[str, ...]
+    weights: list[Weight]
+    additions: tuple[lora.Addition, ...]
+
+    def multiply(self, x: Floats, observe: Observer | None) -> list[Floats]:
+        """x (T, cols) times each matrix (rows, cols): [(T, rows), ...]"""
+        if observe is not None:
+            observe(self.names, x)
+        products = ops.linear(x, *self.weights)
+        if self.additions:
+            lora.add(products, x, self.additions)
+        return products
+
+
+@dataclass(frozen=True)
 class Block:
-    """One layer's weights; matrices that meet the same activations stand together."""
+    """One layer's weights."""
 
     attn_norm: Floats
-    attn_q_k_v: list[Weight]
-    attn_output: list[Weight]
+    attn_q_k_v: Matrices
+    attn_output: Matrices
     ffn_norm: Floats
-    ffn_gate_up: list[Weight]
-    ffn_down: list[Weight]
+    ffn_gate_up: Matrices
+    ffn_down: Matrices
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -126,6 +146,7 @@ class Llama:
         context_length: int | None = None,
         chunk: int = CHUNK,
         progress: Callable[[int, int], None] | None = None,
+        adapters: Sequence[lora.Adapter] = (),
     ) -> None:
         """`chunk` is the most tokens a sequence adds in a pass; passes of more than DECODE_ROWS
         tokens in all run on `prefill_threads`, if that is given.
@@ -143,7 +164,7 @@ class Llama:
         total = sum(t.data.nbytes for t in tensors.values())
         done = 0
 
-        def matrices(*names: str) -> list[Weight]:
+        def matrices(*names: str) -> Matrices:
             nonlocal done
             weights = []
             for _, alike in groupby((tensors[name] for name in names), _kind):
@@ -155,10 +176,11 @@ class Llama:
                         tensor.release()
             if progress is not None:
                 progress(done, total)
-            return weights
+            return Matrices(names, weights, lora.additions(adapters, names))
 
         with computing(self.prefill_threads):
             self.token_embd = tensors["token_embd.weight"]
+            self.embedding_addition = lora.embedding_addition(adapters)
             self.blk = [_load_block(tensors, matrices, i) for i in range(config.n_layers)]
             self.output_norm = _vector(tensors["output_norm.weight"])
             tied = "output.weight" not in tensors
@@ -184,12 +206,18 @@ class Llama:
             cache.take_memory()
         return cache
 
-    def forward(self, spans: Sequence[Span], cancel: threading.Event | None = None) -> Floats:
+    def forward(
+        self,
+        spans: Sequence[Span],
+        cancel: threading.Event | None = None,
+        observe: Observer | None = None,
+    ) -> Floats:
         """Append each span's tokens to its cache; logits (sum of n_logits, V) in order of spans.
 
         Everything but attention ignores which sequence a row belongs to, so prefill, decoding and
         batches are this one path, and a row's logits do not depend on its neighbours.  Cancelled
-        is raised between layers when `cancel` is set; then no cache has moved.
+        is raised between layers when `cancel` is set; then no cache has moved.  `observe` sees the
+        activations that enter each matrix.
         """
         for span in spans:
             if not 1 <= len(span.tokens) <= self.chunk:
@@ -203,22 +231,30 @@ class Llama:
             span.cache.claim(len(span.tokens))
         with computing(self.threads if len(ids) <= DECODE_ROWS else self.prefill_threads):
             x = ops.embed(ids, self.token_embd)  # (T, D)
+            if self.embedding_addition is not None:
+                self.embedding_addition.add(x, ids)
             rope = self._rope(spans)
             for layer, block in enumerate(self.blk):
                 if cancel is not None and cancel.is_set():
                     raise Cancelled
-                x += self._attention(block, layer, x, rope, spans)
-                x += self._feed_forward(block, x)
+                x += self._attention(block, layer, x, rope, spans, observe)
+                x += self._feed_forward(block, x, observe)
             for span in spans:
                 span.cache.advance(len(span.tokens))
-            return self._logits(x, spans)
+            return self._logits(x, spans, observe)
 
     def _attention(
-        self, block: Block, layer: int, x: Floats, rope: Rope, spans: Sequence[Span]
+        self,
+        block: Block,
+        layer: int,
+        x: Floats,
+        rope: Rope,
+        spans: Sequence[Span],
+        observe: Observer | None,
     ) -> Floats:
         c = self.config
         h = ops.rms_norm(x, block.attn_norm, c.norm_eps)
-        q, k, v = ops.linear(h, *block.attn_q_k_v)
+        q, k, v = block.attn_q_k_v.multiply(h, observe)
         q = q.reshape(-1, c.n_heads, c.head_dim)  # (T, H, d)
         k, v = (y.reshape(-1, c.n_kv_heads, c.head_dim) for y in (k, v))  # (T, K, d)
         ops.rope(q, rope.cos, rope.sin)
@@ -228,14 +264,14 @@ class Llama:
             rows = slice(row, row := row + len(span.tokens))
             outs.append(ops.attend(q[rows], k[rows], v[rows], span.cache, layer, c.sliding_window))
         out = outs[0] if len(outs) == 1 else np.concatenate(outs)
-        return ops.linear(out.reshape(len(x), -1), *block.attn_output)[0]
+        return block.attn_output.multiply(out.reshape(len(x), -1), observe)[0]
 
-    def _feed_forward(self, block: Block, x: Floats) -> Floats:
+    def _feed_forward(self, block: Block, x: Floats, observe: Observer | None) -> Floats:
         h = ops.rms_norm(x, block.ffn_norm, self.config.norm_eps)
-        gate, up = ops.linear(h, *block.ffn_gate_up)
-        return ops.linear(ops.silu_mul(gate, up), *block.ffn_down)[0]
+        gate, up = block.ffn_gate_up.multiply(h, observe)
+        return block.ffn_down.multiply(ops.silu_mul(gate, up), observe)[0]
 
-    def _logits(self, x: Floats, spans: Sequence[Span]) -> Floats:
+    def _logits(self, x: Floats, spans: Sequence[Span], observe: Observer | None) -> Floats:
         rows: list[int] = []
         end = 0
         for span in spans:
@@ -244,7 +280,7 @@ class Llama:
         if not rows:
             return np.empty((0, self.config.vocab_size), np.float32)
         last = ops.rms_norm(x[rows], self.output_norm, self.config.norm_eps)
-        return ops.linear(last, *self.output)[0]
+        return self.output.multiply(last, observe)[0]
 
     def _rope(self, spans: Sequence[Span]) -> Rope:
         """Angles in double precision: at position 32,768 single precision is off by 1e-3."""
@@ -263,7 +299,7 @@ def capacity(config: ModelConfig, chunk: int, context_length: int) -> int:
 
 
 def _load_block(
-    tensors: Mapping[str, QTensor], matrices: Callable[..., list[Weight]], layer: int
+    tensors: Mapping[str, QTensor], matrices: Callable[..., Matrices], layer: int
 ) -> Block:
     def name(part: str) -> str:
         return f"blk.{layer}.{part}.weight"
