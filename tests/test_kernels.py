@@ -23,7 +23,9 @@ from quant.ggml_types import GGMLType
 
 Floats = NDArray[np.float32]
 
-INTEGER = [GGMLType[f"Q{name}"] for name in ["4_0", "4_1", "5_0", "5_1", "8_0", "3_K", "4_K", "5_K", "6_K"]]
+INTEGER = [
+    GGMLType[f"Q{name}"] for name in ("4_0", "4_1", "5_0", "5_1", "8_0", "3_K", "4_K", "5_K", "6_K")
+]
 FLOAT = [GGMLType.F32, GGMLType.F16, GGMLType.BF16]
 PLAIN = [GGMLType.Q2_K]
 COUNTS = [*range(1, 14), 16, 31, 32, 33, 36, 47, 57]
