@@ -25,7 +25,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from cpuinfer import commands, options
+from cpuinfer import commands, console, file_commands, options
 from cpuinfer.gguf_errors import ModelFormatError
 
 _COMMANDS = {
@@ -37,13 +37,13 @@ _COMMANDS = {
         commands.doctor,
         commands.warmup,
         commands.bench,
-        commands.quantize,
+        file_commands.quantize,
         commands.perplexity,
-        commands.merge,
-        commands.split,
-        commands.join,
-        commands.convert,
-        commands.imatrix,
+        file_commands.merge,
+        file_commands.split,
+        file_commands.join,
+        file_commands.convert,
+        file_commands.imatrix,
     )
 }
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if explained is None:
             raise
         code, message = explained
-        commands.note(message)
+        console.note(message)
         return code
 
 
@@ -96,9 +96,9 @@ def _explain(error: Exception) -> tuple[int, str] | None:
     from quant.settings import CheckpointError
 
     match error:
-        case ModelFormatError() | CheckpointError() | NumericsError() | commands.BadInput():
+        case ModelFormatError() | CheckpointError() | NumericsError() | console.BadInput():
             return 65, str(error)
-        case commands.BadOutput():
+        case console.BadOutput():
             return 73, str(error)
         case MemoryError():
             return 75, str(error) or "not enough memory"

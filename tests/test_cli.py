@@ -68,7 +68,7 @@ def assert_refused(result: object, code: int, *words: str) -> None:
 def test_wrong_usage(
     argv: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpuinfer.commands._read_prompt", lambda path: "Hello")
+    monkeypatch.setattr("cpuinfer.commands.read_prompt", lambda path: "Hello")
     assert_refused(run(capsys, *argv.split()), 2, *words)
 
 

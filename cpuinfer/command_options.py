@@ -1,0 +1,397 @@
+"""The options of each command, and what --help says of it.
+
+Rooms that take long to import are imported for the command that is asked for, never for
+`cpuinfer --help`.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from cpuinfer.option_groups import (
+    BUNDLED,
+    add_cache,
+    add_context,
+    add_force,
+    add_json,
+    add_kv_type,
+    add_loading,
+    add_lora,
+    add_model,
+    add_sampling,
+    add_speculation,
+    add_stats,
+    add_threads,
+    lora,
+    qtype,
+    size,
+    typed_pattern,
+)
+
+FIRST_PROMPT = "Once upon a time"
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, BUNDLED)
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue")
+    prompt.add_argument(
+        "-f", "--file", metavar="FILE", help="a file with the text to continue; -: standard input"
+    )
+    add_sampling(parser)
+    group = add_loading(parser)
+    add_lora(group)
+    add_speculation(group)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        default=False,
+        help="print one JSON document when done, with the continuation alone",
+    )
+    output.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: log-probabilities of each token and of the N likeliest",
+    )
+    add_stats(output)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, BUNDLED)
+    parser.add_argument(
+        "--system", metavar="TEXT", default=None, help="instructions ahead of the conversation"
+    )
+    parser.add_argument(
+        "--template",
+        metavar="NAME|FILE",
+        help="a built-in chat template or a Jinja file (default: the model file's own)",
+    )
+    add_sampling(parser)
+    group = add_loading(parser)
+    add_lora(group)
+    add_speculation(group)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a GGUF file; of a split model, any part")
+    parser.add_argument(
+        "--tensors", action="store_true", default=False, help="list every tensor as well"
+    )
+    add_json(parser)
+    add_context(parser.add_argument_group("what the memory needed is reckoned for"))
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+
+
+def _add_warmup(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, "the kernels of the most common types")
+    add_kv_type(parser)
+    add_json(parser)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from cpuinfer.bench import Settings
+
+    add_model(parser, BUNDLED)
+
+    def add(*flags: str, name: str, help: str, **more: Any) -> None:
+        default = getattr(Settings, name)
+        shown = default if isinstance(default, int) else " and ".join(map(str, default))
+        parser.add_argument(
+            *flags, type=int, dest=name, metavar="N", help=f"{help} (default: {shown})", **more
+        )
+
+    add("-p", "--prompt", name="prompt", help="tokens of the prompt")
+    add("-n", "--generation", name="generation", help="tokens to generate")
+    add(
+        "--depth",
+        name="depths",
+        help="positions there are before either; may be repeated",
+        action="append",
+    )
+    add("-r", "--repetitions", name="repetitions", help="times each measurement is taken")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the roofline to a file as well")
+    add_json(parser)
+    add_loading(parser)
+
+
+def _add_perplexity(parser: argparse.ArgumentParser) -> None:
+    from cpuinfer.perplexity import CONTEXT_LENGTH
+
+    add_model(parser, BUNDLED)
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", required=True, help="the text; -: standard input"
+    )
+    parser.add_argument(
+        "--ctx",
+        "--context-length",
+        dest="context_length",
+        type=int,
+        default=CONTEXT_LENGTH,
+        metavar="N",
+        help="tokens of a chunk, of which the second half is scored (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunks", type=int, metavar="N", help="read the first N chunks only (default: all)"
+    )
+    parser.add_argument(
+        "--kl-divergence",
+        metavar="AGAINST.gguf",
+        help="a model to compare with, loaded beside the first one with the same options",
+    )
+    add_json(parser)
+    group = parser.add_argument_group("the model in memory")
+    add_cache(group)
+    add_lora(group)
+    add_threads(group)
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    from quant.mixes import MIXES
+
+    parser.add_argument("input", metavar="IN.gguf", help="a GGUF file; of a split model, any part")
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write, in one part")
+    parser.add_argument(
+        "type", metavar="TYPE", type=str.upper, choices=tuple(MIXES), help=", ".join(MIXES)
+    )
+    parser.add_argument("--imatrix", metavar="FILE", help="weigh errors by an importance matrix")
+    _add_tensor_types(parser)
+    parser.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        default=False,
+        help="even where tensors are quantized already, which loses more",
+    )
+    parser.add_argument("--force", action="store_true", default=False, help="replace OUT.gguf")
+    parser.add_argument(
+        "--dry-run", action="store_true", default=False, help="show types and sizes, write nothing"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to compute with (default: the cores this process may use)",
+    )
+    add_json(parser)
+
+
+def _add_tensor_types(parser: argparse.ArgumentParser) -> None:
+    from quant.ggml_types import GGMLType
+
+    types = ", ".join(t.name for t in GGMLType)
+    group = parser.add_argument_group("types of single tensors", f"Of {types}.")
+    group.add_argument(
+        "--pure", action="store_true", help="the type itself for all, not llama.cpp's mix"
+    )
+    group.add_argument("--output-type", type=qtype, metavar="TYPE", help="of the output matrix")
+    group.add_argument(
+        "--token-embedding-type", type=qtype, metavar="TYPE", help="of the embeddings"
+    )
+    group.add_argument(
+        "--tensor-type",
+        dest="tensor_types",
+        action="append",
+        type=typed_pattern,
+        metavar="PATTERN=TYPE",
+        help="of tensors in whose name a regular expression is found; may be repeated",
+    )
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from quant.mixes import MIXES
+
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a directory with config.json or params.json, safetensors and a vocabulary",
+    )
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write")
+    parser.add_argument(
+        "--type",
+        metavar="TYPE",
+        type=str.upper,
+        choices=tuple(MIXES),
+        default="F16",
+        help=f"{', '.join(MIXES)} (default: %(default)s)",
+    )
+    _add_tensor_types(parser)
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="hold the written file against its source before it takes its place (default: yes)",
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the errors by layer to a file")
+    add_force(parser, "OUT.gguf")
+    parser.add_argument(
+        "--dry-run", action="store_true", default=False, help="show types and sizes, write nothing"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to compute with (default: the cores this process may use)",
+    )
+    add_json(parser)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    from quant.mixes import MIXES
+
+    parser.add_argument("input", metavar="MODEL", help="a GGUF file; of a split model, any part")
+    parser.add_argument(
+        "lora",
+        metavar="ADAPTER[:SCALE]",
+        nargs="+",
+        type=lora,
+        help="an adapter in a GGUF file, times SCALE (default: 1)",
+    )
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write, in one part")
+    parser.add_argument(
+        "--type",
+        metavar="TYPE",
+        type=str.upper,
+        choices=tuple(MIXES),
+        help=f"{', '.join(MIXES)} (default: each tensor keeps its own)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to compute with (default: the cores this process may use)",
+    )
+    add_force(parser, "OUT.gguf")
+    add_json(parser)
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN.gguf", help="a GGUF file; of a split model, any part")
+    parser.add_argument(
+        "prefix", metavar="OUT-PREFIX", help="parts are called OUT-PREFIX-00001-of-00003.gguf"
+    )
+    limits = parser.add_mutually_exclusive_group(required=True)
+    limits.add_argument(
+        "--max-size",
+        dest="max_bytes",
+        type=size,
+        metavar="N[K|M|G]",
+        help="bytes of a part at most, in units of a thousand, a million or a billion",
+    )
+    limits.add_argument("--max-tensors", type=int, metavar="N", help="tensors of a part at most")
+    add_force(parser, "parts that exist")
+    add_json(parser)
+
+
+def _add_join(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="FIRST-PART", help="a part of a split model")
+    parser.add_argument("output", metavar="OUT.gguf", help="the file to write")
+    add_force(parser, "OUT.gguf")
+    add_json(parser)
+
+
+def _add_imatrix(parser: argparse.ArgumentParser) -> None:
+    from cpuinfer.perplexity import CONTEXT_LENGTH
+
+    add_model(parser, BUNDLED)
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", required=True, help="the text; -: standard input"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="imatrix.gguf",
+        help="the file to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ctx",
+        "--context-length",
+        dest="context_length",
+        type=int,
+        default=CONTEXT_LENGTH,
+        metavar="N",
+        help="tokens of a chunk (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunks", type=int, metavar="N", help="read the first N chunks only (default: all)"
+    )
+    parser.add_argument(
+        "--process-output",
+        action="store_true",
+        default=False,
+        help="for the output matrix as well, which is better quantized without",
+    )
+    add_force(parser, "FILE")
+    add_json(parser)
+    group = parser.add_argument_group("the model in memory")
+    add_cache(group)
+    add_threads(group)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] = {
+    "generate": (
+        _add_generate,
+        "continue a text",
+        "The text comes from -p, -f or a pipe (less one line feed at its end) and is printed with "
+        f"its continuation. With nothing of these the bundled model continues {FIRST_PROMPT!r}.",
+    ),
+    "chat": (
+        _add_chat,
+        "talk with a model",
+        "Ctrl-C stops a reply, or leaves when typed instead of a message; Ctrl-D leaves. What is "
+        "piped in is one message, answered once.",
+    ),
+    "inspect": (
+        _add_inspect,
+        "show what a model file holds and the memory it needs",
+        "Works for models that cpuinfer cannot run, too, and says why it cannot.",
+    ),
+    "doctor": (_add_doctor, "show what this computer offers, and what to improve", ""),
+    "warmup": (
+        _add_warmup,
+        "compile the kernels now, so that no later start has to wait",
+        "Compiled kernels are kept in the user's cache directory.",
+    ),
+    "bench": (
+        _add_bench,
+        "measure how fast a model runs here, and what the machine would allow",
+        "Takes some minutes with a large model. Keys and values at a depth are random numbers.",
+    ),
+    "perplexity": (
+        _add_perplexity,
+        "measure how well a model predicts a text",
+        "As llama.cpp defines it: chunks that do not overlap, each with BOS first, and its second "
+        "half scored. With --kl-divergence also how far from another model's its predictions are.",
+    ),
+    "quantize": (
+        _add_quantize,
+        "write a model in other types, smaller",
+        "Types of tensors are llama.cpp's for the same name, and so are the bytes of each.",
+    ),
+    "convert": (
+        _add_convert,
+        "make a model file of published weights",
+        "From Hugging Face's form or Mistral's own, in one pass to any type, tensor by tensor. "
+        "Nothing of the source is run.",
+    ),
+    "merge": (
+        _add_merge,
+        "write a model with LoRA adapters folded into its weights",
+        "Less is lost where MODEL is not quantized, or with --lora, which leaves MODEL as it is.",
+    ),
+    "split": (
+        _add_split,
+        "write a model file in several parts",
+        "Any part opens the whole model; llama.cpp has to be given the first.",
+    ),
+    "join": (_add_join, "write the parts of a split model as one file", ""),
+    "imatrix": (
+        _add_imatrix,
+        "measure which columns of the weights matter for a text",
+        "The file is llama.cpp's importance matrix, for quantize --imatrix.",
+    ),
+}
