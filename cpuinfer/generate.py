@@ -117,6 +117,8 @@ def generate(
             if sampled.token in eog_ids:
                 generation.finish_reason = "stop"
                 return
+            if sampled.token != drafted:  # before the token is given away: nothing may follow that
+                cache.rewind(len(history))
             history.append(sampled.token)
             generation.tokens.append(sampled.token)
             generation.accepted += sampled.token == drafted
@@ -130,7 +132,6 @@ def generate(
                 drafts.append(sampled.token)
             if sampled.token != drafted:
                 break
-        cache.rewind(len(history) - 1)
         if drafts is None:
             rows = decode(model, history[-1:], cache, cancel)
         else:

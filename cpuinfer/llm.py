@@ -115,8 +115,9 @@ class LLM:
 
     def close(self) -> None:
         """Give back weights and caches; what is asked of the model afterwards is a ValueError."""
-        self._loaded = None
-        self._spare.clear()
+        with self._spare_lock:
+            self._loaded = None
+            self._spare.clear()
 
     @property
     def model(self) -> Llama:

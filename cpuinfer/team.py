@@ -11,16 +11,19 @@ import numpy as np
 from cpuinfer.kernels import parallel
 from cpuinfer.kernels.jit import config
 
+_MOST_THREADS = int(config.NUMBA_NUM_THREADS)
+
 
 def most_threads() -> int:
-    """The CPUs this process may run on, or what NUMBA_NUM_THREADS says."""
-    return int(config.NUMBA_NUM_THREADS)
+    """The CPUs this process may run on, or what NUMBA_NUM_THREADS said at the start."""
+    return _MOST_THREADS
 
 
 class Team:
     """A leader, which is whoever computes, and followers that sleep while nobody does.
 
-    Outside of `computing` one thread works alone, so a kernel may be called anywhere.
+    Outside of `computing` a kernel runs on the thread that calls it, which must be the only one
+    to call kernels then.
     """
 
     def __init__(self) -> None:
@@ -31,6 +34,7 @@ class Team:
         self._words = raw[-(raw.ctypes.data // 8) % parallel.LINE :]
         self.table = self._words.ctypes.data
         self._followers: list[_Follower] = []
+        self._dismissed = False
         self.threads = 1
 
     @property
@@ -41,18 +45,24 @@ class Team:
     @threads.setter
     def threads(self, count: int) -> None:
         while len(self._followers) < count - 1:
-            self._followers.append(_Follower(self.table, len(self._followers) + 1))
+            try:
+                self._followers.append(_Follower(self.table, len(self._followers) + 1))
+            except RuntimeError:  # the system has no thread left: fewer do the same
+                count = len(self._followers) + 1
         self._words[parallel.THREADS // 8] = count
 
     def begin_pass(self) -> None:
-        """Wake the followers, who will not sleep before `end_pass`."""
+        """Wake the followers, who will hardly sleep before `end_pass`."""
+        if self._dismissed:
+            return
         self._words[parallel.PASS // 8] = 1
         for follower in self._followers[: self.threads - 1]:
             follower.awake.set()
 
     def end_pass(self) -> None:
         """The followers wait a little for the next pass, then sleep."""
-        self._words[parallel.PASS // 8] = 0
+        if not self._dismissed:
+            self._words[parallel.PASS // 8] = 0
 
     def mark_forked(self) -> None:
         """Threads do not survive a fork."""
@@ -60,7 +70,8 @@ class Team:
 
     def dismiss(self) -> None:
         """End the followers: their table must not go before them."""
-        self.end_pass()
+        self._dismissed = True
+        self._words[parallel.PASS // 8] = -1
         for follower in self._followers:
             follower.dismissed = True
             follower.awake.set()
@@ -101,11 +112,10 @@ def computing(threads: int) -> Iterator[None]:
         raise RuntimeError("the process was forked after cpuinfer was loaded: use spawn instead")
     with team.lock:
         before = team.threads
-        team.threads = min(threads, most_threads())
-        team.begin_pass()
         try:
+            team.threads = min(threads, most_threads())
+            team.begin_pass()
             yield
         finally:
-            if before == 1:  # not a pass within a pass
-                team.end_pass()
+            team.end_pass()
             team.threads = before

@@ -16,6 +16,7 @@ from cpuinfer.completion import Completion
 from cpuinfer.generate import ContextLengthExceeded
 from cpuinfer.models.llama import Cancelled
 from cpuinfer.sampling import NumericsError, Sampler
+from cpuinfer.speculate import Costs
 from cpuinfer.team import most_threads
 
 PROMPT = "Once upon a time"
@@ -418,3 +419,23 @@ def test_requests_at_the_same_time_do_not_share(llm: cpuinfer.LLM) -> None:
     next(two, None)
     assert (one.completion.cached_tokens, two.completion.cached_tokens) == (49, 0)
     assert said(one.completion) == said(two.completion) == said(wanted)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_reader_that_leaves_at_a_wrong_draft_leaves_a_right_cache(
+    seed: int, llm: cpuinfer.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keys of a draft that was not chosen must not pass for those of the token that was."""
+    monkeypatch.setattr(
+        Costs, "best_rows", lambda self, chance, limit: max(n for n in (1, 2, 4, 8) if n <= limit)
+    )
+    prompt = llm.tokenizer.encode("The cat sat on the mat. " * 8)
+    for tokens in range(1, 20):
+        llm._spare.clear()
+        stream = llm.stream(prompt, max_tokens=60, temperature=1, seed=seed, ignore_eos=True)
+        said_so_far = [token for _ in range(tokens) for token in next(stream).token_ids]
+        stream.close()
+        longer = [*prompt, *said_so_far, 500, 501]
+        got = llm.generate(longer, max_tokens=3, temperature=0, logprobs=2)
+        assert got.cached_tokens >= len(prompt)
+        assert said(got) == said(fresh(llm, longer, max_tokens=3, temperature=0))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from conftest import run_python
 
 from cpuinfer.kernels import parallel
 from cpuinfer.kernels.jit import kernel
@@ -98,3 +99,33 @@ def eventually(holds: Callable[[], bool]) -> bool:
         if holds():
             return True
     return False
+
+
+def test_a_pass_that_was_not_ended_does_not_keep_followers_busy() -> None:
+    """Ctrl-C may strike anywhere, in `computing` too."""
+    with computing(2):
+        pass
+    team.begin_pass()
+    with computing(2):
+        pass
+    assert eventually(lambda: team._words[parallel.PASS // 8] == 0)
+
+
+def test_a_process_ends_at_once_while_a_daemon_thread_computes() -> None:
+    script = """
+import threading, time
+from test_parallel import *
+counts, seats, busy = arrays(3000)
+def work():
+    while True:
+        with computing(3):
+            COUNT(counts, seats, busy, 16, team.table)
+with computing(3):
+    pass
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+start = time.monotonic()
+team.dismiss()
+print(time.monotonic() - start)
+"""
+    assert float(run_python(script)) < 5

@@ -29,7 +29,7 @@ from cpuinfer.kernels.jit import config, inner, kernel
 LINE = 16  # words apart, 128 bytes: no two share a cache line, neighbours fetched together included
 EPOCH = 0  # odd while a region is open
 INSIDE = 8 * LINE  # followers that may be at work
-PASS = 16 * LINE  # not 0 while regions follow each other closely
+PASS = 16 * LINE  # 1 while regions follow each other closely, -1 when there will be no more
 THREADS = 24 * LINE  # seats taken; what follows in this line is written before a region opens
 ITEMS = THREADS + 8
 PIECE = THREADS + 16  # items taken at once
@@ -41,6 +41,8 @@ TAKEN = 32 * LINE  # for each seat, in a line of its own: items of its slice tha
 SPINS = 1000
 #: Times it does so, some milliseconds at most, before it stops when no pass is under way.
 YIELDS = 2000
+#: The same while a pass is under way: some tenths of a second.
+PASS_YIELDS = 1 << 20
 #: Numba's bounds checks raise, which only the thread that called a kernel can.
 _ALONE = bool(config.BOUNDSCHECK)
 
@@ -161,9 +163,12 @@ def _lead(table, items, piece, function, arguments):  # type: ignore[no-untyped-
 
 @kernel("follow", "void(i8,i8)")
 def FOLLOW(table, seat):  # type: ignore[no-untyped-def]
-    """Work in regions as they open; return some milliseconds after the last pass."""
+    """Work in regions as they open; return when none has been for a while."""
     seen = waits = 0
-    while waits < SPINS + YIELDS or _read(table + PASS) != 0:
+    while True:
+        passing = _read(table + PASS)
+        if passing < 0 or waits > SPINS + (PASS_YIELDS if passing else YIELDS):
+            return
         epoch = _read(table + EPOCH)
         if epoch % 2 == 1 and epoch != seen:
             seen = epoch
