@@ -23,6 +23,7 @@ from quant import WEIGHTED, dequantize, fit, quantize, quantize_weighted
 from quant.ggml_types import GGMLType
 from quant.gguf_writer import Raw, Tensor, write_gguf
 from quant.mixes import MIXES, Model, Wishes, is_matrix, target_types
+from quant.partial_file import complete_or_absent
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _SPLIT = ("split.no", "split.count", "split.tensors.count")
@@ -164,7 +165,7 @@ def run(plan: Plan, path: Path, threads: int, on_progress: Report) -> None:
         done += count
         on_progress("quantize", done, total)
 
-    with _pool(threads) as pool:
+    with complete_or_absent(path, plan.nbytes) as place, _pool(threads) as pool:
         tensors = [
             Tensor(
                 conversion.tensor.name,
@@ -175,7 +176,7 @@ def run(plan: Plan, path: Path, threads: int, on_progress: Report) -> None:
             for conversion in plan.conversions
         ]
         on_progress("quantize", 0, total)
-        write_gguf(path, plan.metadata, tensors)
+        write_gguf(place, plan.metadata, tensors)
 
 
 @contextmanager

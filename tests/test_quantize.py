@@ -598,27 +598,40 @@ def test_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert result.code == 65 and "gpt2; the mixes of types are known for llama only" in result.err
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_nothing(
-    sent: signal.Signals, code: int, source: Path, tmp_path: Path
-) -> None:
-    """It comes while a tensor is worked on, with the temporary file there."""
+def interrupted(source: Path, out: Path, sent: signal.Signals) -> tuple[int, bytes]:
+    """Exit code and errors of a run that gets a signal while a tensor is worked on."""
     first = (
         "import os, time; from cpuinfer import requantize as r; whole = r._packed\n"
         "def slow(*a): os.write(1, b'.'); time.sleep(0.05); return whole(*a)\n"
         "r._packed, r._STEP = slow, 256\n"
     )
-    out = tmp_path / "o"
     script = f"{first}\nimport sys; from cpuinfer.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", script, "quantize", source, out, "Q8_0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.read(3)
-        assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+        assert [path.suffix for path in out.parent.iterdir()] == [".partial"]
         process.send_signal(sent)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (code, b"")
+    return process.returncode, err
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(
+    sent: signal.Signals, code: int, source: Path, tmp_path: Path
+) -> None:
+    assert interrupted(source, tmp_path / "o", sent) == (code, b"")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_leaves_goes_with_the_next(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = interrupted(source, tmp_path / "o", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".o.partial"]
+    assert run(capsys, "quantize", source, tmp_path / "o", "Q8_0").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
 def test_a_full_disk(source: Path, tmp_path: Path) -> None:
