@@ -21,6 +21,7 @@ from cpuinfer.option_groups import (
     add_sampling,
     add_speculation,
     add_stats,
+    add_text_in_chunks,
     add_threads,
     lora,
     qtype,
@@ -123,20 +124,8 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     from cpuinfer.perplexity import CONTEXT_LENGTH
 
     add_model(parser, BUNDLED)
-    parser.add_argument(
-        "-f", "--file", metavar="FILE", required=True, help="the text; -: standard input"
-    )
-    parser.add_argument(
-        "--ctx",
-        "--context-length",
-        dest="context_length",
-        type=int,
-        default=CONTEXT_LENGTH,
-        metavar="N",
-        help="tokens of a chunk, of which the second half is scored (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--chunks", type=int, metavar="N", help="read the first N chunks only (default: all)"
+    add_text_in_chunks(
+        parser, CONTEXT_LENGTH, "tokens of a chunk, of which the second half is scored"
     )
     parser.add_argument(
         "--kl-divergence",
@@ -298,27 +287,13 @@ def _add_imatrix(parser: argparse.ArgumentParser) -> None:
 
     add_model(parser, BUNDLED)
     parser.add_argument(
-        "-f", "--file", metavar="FILE", required=True, help="the text; -: standard input"
-    )
-    parser.add_argument(
         "-o",
         "--output",
         metavar="FILE",
         default="imatrix.gguf",
         help="the file to write (default: %(default)s)",
     )
-    parser.add_argument(
-        "--ctx",
-        "--context-length",
-        dest="context_length",
-        type=int,
-        default=CONTEXT_LENGTH,
-        metavar="N",
-        help="tokens of a chunk (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--chunks", type=int, metavar="N", help="read the first N chunks only (default: all)"
-    )
+    add_text_in_chunks(parser, CONTEXT_LENGTH, "tokens of a chunk")
     parser.add_argument(
         "--process-output",
         action="store_true",

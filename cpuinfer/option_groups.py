@@ -188,6 +188,24 @@ def add_stats(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_text_in_chunks(parser: argparse.ArgumentParser, length: int, of: str) -> None:
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", required=True, help="the text; -: standard input"
+    )
+    parser.add_argument(
+        "--ctx",
+        "--context-length",
+        dest="context_length",
+        type=int,
+        default=length,
+        metavar="N",
+        help=f"{of} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunks", type=int, metavar="N", help="read the first N chunks only (default: all)"
+    )
+
+
 def add_force(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--force", action="store_true", default=False, help=f"replace {what}")
 
