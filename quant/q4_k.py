@@ -12,7 +12,7 @@ weight = d * scale * q - dmin * min
 import numpy as np
 from numpy.typing import NDArray
 
-from quant import fit, k_scales
+from quant import affine_k, fit, k_scales
 from quant.packing import scale_column, unpack_planes
 
 BLOCK_SIZE = 256
@@ -32,36 +32,18 @@ def dequantize_blocks(blocks: np.ndarray) -> NDArray[np.float32]:
 def quantize_blocks(x: NDArray[np.float32]) -> np.ndarray:
     """(n, 256) float32 -> (n,) LAYOUT, as quantize_row_q4_K_ref of ggml-quants.c"""
     groups = x.reshape(-1, 32)
-    importance = k_scales.importance(groups)
-    scale, low, q = fit.affine(groups, importance, 15, first=-1, step=0.1, tries=21)
-    blocks = np.empty(len(x), LAYOUT)
-    blocks["d"], scales = fit.share(scale.reshape(-1, 8), 63)
-    blocks["dmin"], mins = fit.share(low.reshape(-1, 8), 63)
-    return _pack(blocks, scales, mins, groups, q)
+    found = fit.affine(groups, k_scales.importance(groups), 15, first=-1, step=0.1, tries=21)
+    return affine_k.quantize(LAYOUT, groups, found, 15, 63, _pack)
 
 
 def quantize_weighted(x: NDArray[np.float32], weights: NDArray[np.float32]) -> np.ndarray:
     """rows (n, cols), importance (cols,) -> blocks, as quantize_row_q4_K_impl of ggml-quants.c"""
-    groups = x.reshape(-1, 32)
     importance = fit.importance(x, weights, part=BLOCK_SIZE, factor=2).reshape(-1, 32)
-    scale, low, q = fit.affine_weighted(groups, importance, 15)
-    sums = fit.sums(importance).reshape(-1, 8)
-    blocks = np.empty(len(sums), LAYOUT)
-    blocks["d"], scales = fit.positive(scale.reshape(-1, 8), sums, 63)
-    blocks["dmin"], mins = fit.positive(low.reshape(-1, 8), sums, 63)
-    return _pack(blocks, scales, mins, groups, q)
+    return affine_k.quantize_weighted(LAYOUT, x.reshape(-1, 32), importance, 15, 63, _pack)
 
 
 def _pack(
-    blocks: np.ndarray,
-    scales: NDArray[np.uint8],
-    mins: NDArray[np.uint8],
-    groups: NDArray[np.float32],
-    q: NDArray[np.uint8],
-) -> np.ndarray:
-    """Fill blocks that have their d and dmin; q holds where a scale is 0."""
+    blocks: np.ndarray, scales: affine_k.Levels, mins: affine_k.Levels, q: affine_k.Levels
+) -> None:
     blocks["scales"] = k_scales.pack(scales, mins)
-    scale, low = scale_column(blocks, "d") * scales, scale_column(blocks, "dmin") * mins
-    q = fit.round_to(groups, scale, low, 0, 15, q)
     blocks["qs"] = fit.pack_planes(q.reshape(-1, 64), 4).reshape(-1, 128)
-    return blocks
