@@ -6,6 +6,7 @@ W + chunk - 1, where `chunk` is the most positions added at once: a chunk then n
 key that its own first token still needs.  Without a window it is the context length.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,39 @@ class KVCache:
     def reset(self) -> None:
         """Forget the sequence; the memory stays."""
         self.rewind(0)
+
+    def begin_at(self, position: int) -> None:
+        """Forget the sequence; `position` is the one that `extend` brings first."""
+        self.first = self.offset = position
+
+    def extend(self, rows: npt.NDArray[Any]) -> None:
+        """Append positions: rows (2, layers, K, n, row) of keys and values, as `read` gives."""
+        start, end = self.offset, self.offset + rows.shape[3]
+        self.advance(rows.shape[3])
+        for positions, slots in self._runs(max(start, self.first), end):
+            some = rows[:, :, :, positions.start - start : positions.stop - start]
+            self.keys[:, :, slots], self.values[:, :, slots] = some
+
+    def read(self, start: int, end: int) -> npt.NDArray[Any]:
+        """The keys and values (2, layers, K, n, row) of positions start to end - 1, a copy."""
+        assert self.first <= start <= end <= self.offset, (start, end, self.first, self.offset)
+        n_layers, n_kv_heads, _, row = self.keys.shape
+        rows = np.empty((2, n_layers, n_kv_heads, end - start, row), self.keys.dtype)
+        for positions, slots in self._runs(start, end):
+            some = slice(positions.start - start, positions.stop - start)
+            rows[0, :, :, some], rows[1, :, :, some] = (
+                self.keys[:, :, slots],
+                self.values[:, :, slots],
+            )
+        return rows
+
+    def _runs(self, start: int, end: int) -> Iterator[tuple[range, slice]]:
+        """Positions whose slots follow each other, and these slots."""
+        while start < end:
+            slot = start % self.capacity
+            n = min(end - start, self.capacity - slot)
+            yield range(start, start + n), slice(slot, slot + n)
+            start += n
 
     def take_memory(self) -> None:
         """Touch every page now, so that a ring has its final size from the start."""

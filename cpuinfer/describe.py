@@ -14,11 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from cpuinfer import machine
+from cpuinfer import estimate, machine
 from cpuinfer.config import ModelConfig, SlidingWindow
 from cpuinfer.gguf import GGUFFile, ModelFormatError, QTensor, Value, escape
 from cpuinfer.llm import file_warnings
-from cpuinfer.plan import check_context, fitting_context, memory_plan
+from cpuinfer.plan import (
+    Alternatives,
+    alternatives,
+    check_context,
+    largest_context,
+    memory_plan,
+    type_bytes,
+)
 from cpuinfer.tokenizer import load_tokenizer
 
 Report = dict[str, Any]
@@ -38,21 +45,35 @@ def describe(
 
     ValueError for a context or a window that cannot be.
     """
-    report: Report = {
-        "path": str(file.path),
+    return {
         "version": file.version,
         "bytes": file.nbytes,
         "architecture": plain(file.metadata.get("general.architecture")),
         "name": plain(file.metadata.get("general.name")),
         "parameters": sum(_count(tensor) for tensor in file.tensors.values()),
+        "kinds": _grouped(file.tensors.values()),
+        "metadata": {key: plain(value) for key, value in file.metadata.items()},
+        "tensors": [_tensor(tensor) for tensor in file.tensors.values()],
+        **fit(file, context_length, sliding_window, kv_type=kv_type),
+    }
+
+
+def fit(
+    file: GGUFFile,
+    context_length: int | None = None,
+    sliding_window: SlidingWindow = "auto",
+    *,
+    kv_type: str,
+) -> Report:
+    """Of what `describe` says whether a file runs here, what memory it takes and how fast it is."""
+    report: Report = {
+        "path": str(file.path),
         "runs": False,
         "reason": None,
         "config": None,
         "memory": None,
+        "speed": None,
         "warnings": list(file.warnings),
-        "kinds": _grouped(file.tensors.values()),
-        "metadata": {key: plain(value) for key, value in file.metadata.items()},
-        "tensors": [_tensor(tensor) for tensor in file.tensors.values()],
     }
     try:
         config = ModelConfig.from_gguf(file, sliding_window)
@@ -63,7 +84,10 @@ def describe(
         report["reason"] = f"{error.field}: {error.reason}"
     else:
         report["runs"] = True
-        report["memory"] = _memory(file, config, kv_type, context_length)
+        if context_length is not None:
+            check_context(config, context_length)
+        report["memory"] = memory = _memory(file, config, kv_type, context_length)
+        report["speed"] = _speed(file, config, kv_type, memory)
     return report
 
 
@@ -134,24 +158,34 @@ def _grouped(tensors: Iterable[QTensor]) -> list[Report]:
 def _memory(
     file: GGUFFile, config: ModelConfig, kv_type: str, context_length: int | None
 ) -> Report:
-    """What the model takes with this context, and the context it would get if none were asked."""
-    if context_length is not None:
-        check_context(config, context_length)
-    context_length = context_length or config.context_length
-    plan = memory_plan(file, config, kv_type, context_length)
-    try:
-        fitting = fitting_context(file, config, kv_type, None)
-    except machine.NotEnoughMemory:
-        fitting = 0
+    """What the model takes with this context, the context it would get if none were asked, what
+    would fit instead, and the bytes of its file in other types."""
+    available = machine.memory_available()
+    wanted = context_length or config.context_length
+    plan = memory_plan(file, config, kv_type, wanted)
+    instead = None
+    if plan.total > available:
+        instead = asdict(alternatives(file, config, kv_type, context_length, available))
     return {
-        "context_length": context_length,
+        "context_length": wanted,
         "sliding_window": config.sliding_window,
         "kv_type": kv_type,
         **asdict(plan),
         "total": plan.total,
-        "available": machine.memory_available(),
-        "fitting_context_length": fitting,
+        "available": available,
+        "fitting_context_length": largest_context(file, config, kv_type, available),
+        "instead": instead,
+        "type_bytes": type_bytes(file, config),
     }
+
+
+def _speed(file: GGUFFile, config: ModelConfig, kv_type: str, memory: Report) -> Report | None:
+    """What to expect with the context of `memory`, or the one the model would get."""
+    context_length = min(memory["context_length"], memory["fitting_context_length"])
+    if not context_length:
+        return None
+    found = estimate.speed(file, config, kv_type, context_length, estimate.decode_threads())
+    return None if found is None else asdict(found)
 
 
 # The text
@@ -172,26 +206,35 @@ def _summary(file: GGUFFile, report: Report) -> Iterator[tuple[str, str]]:
         window = config["sliding_window"]
         yield "context", f"{config['context_length']} positions as trained"
         yield "window", "none" if window is None else f"{window} positions in every layer"
+    yield from _fit_facts(report)
+    for warning in report["warnings"]:
+        yield "warning", escape(warning)
+
+
+def fit_facts(report: Report) -> Iterator[tuple[str, str]]:
+    """What `fit` found, for people: names and facts."""
+    yield "model", escape(report["path"])
+    yield from _fit_facts(report)
+
+
+def _fit_facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "runs here", "yes" if report["runs"] else f"no: {escape(report['reason'])}"
     if (memory := report["memory"]) is not None:
         parts = (f"{machine.format_bytes(memory[name])}" for name in _PARTS)
         named = ", ".join(f"{name} {size}" for name, size in zip(_PARTS, parts, strict=True))
         total, available = (machine.format_bytes(memory[key]) for key in ("total", "available"))
+        enough = "too little" if memory["instead"] else "enough"
         yield "memory", f"{total} for {memory['context_length']} positions: {named}"
-        yield "available", f"{available}, {_advice(memory)}"
-    for warning in report["warnings"]:
-        yield "warning", escape(warning)
+        yield "available", f"{available}, which is {enough}"
+        if memory["instead"] is not None:
+            for line in Alternatives(**memory["instead"]).lines():
+                yield "instead", line
+    if (speed := report["speed"]) is not None:
+        threads, gbs = speed["threads"], speed["bandwidth"]
+        yield "speed", f"{estimate.Speed(**speed)} ({gbs:.1f} GB/s read by {threads} threads)"
 
 
 _PARTS = ("weights", "cache", "scratch")
-
-
-def _advice(memory: Report) -> str:
-    if memory["total"] <= memory["available"]:
-        return "which is enough"
-    if memory["fitting_context_length"]:
-        return f"enough for a context of {memory['fitting_context_length']} positions"
-    return "too little for this model"
 
 
 def _kind_rows(kinds: list[Report]) -> Iterator[tuple[str, ...]]:

@@ -1,15 +1,18 @@
 """What `cpuinfer doctor` says of this computer: what decides how fast a model runs here."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cpuinfer import __version__, machine
+from cpuinfer import __version__, bandwidth, estimate, machine
 from cpuinfer.kernels import jit
 
 Report = dict[str, Any]
+
+#: Bytes of the files whose speed is told.
+_SIZES = (4_000_000_000, 8_000_000_000)
 
 _PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece")
 
@@ -33,18 +36,20 @@ def examine() -> Report:
         "decode_threads": decode_threads,
         "decode_threads_reason": decode_reason,
         "memory_available": machine.memory_available(),
-        "bandwidth": round(machine.read_bandwidth(threads), 2),
+        "bandwidth": round(bandwidth.measured(decode_threads), 2),
         "cache_directory": None if jit.CACHE is None else str(jit.CACHE),
         "cached_kernels": 0 if jit.CACHE is None else _compiled(jit.CACHE),
         "warnings": warnings,
     }
 
 
-def text(report: Report) -> Iterator[str]:
-    """The report for people, a line for each fact."""
+def text(report: Report, more: Iterable[tuple[str, str]] = ()) -> Iterator[str]:
+    """The report for people, a line for each fact, and `more` facts under their names."""
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
     supported = ", ".join(report["supported_instruction_sets"])
     cache = report["cache_directory"]
+    gbs = report["bandwidth"]
+    small, large = (estimate.tokens_per_second(nbytes, gbs) for nbytes in _SIZES)
     facts = {
         "cpuinfer": f"{report['cpuinfer']}, Python {report['python']}, {packages}",
         "system": report["system"],
@@ -53,7 +58,8 @@ def text(report: Report) -> Iterator[str]:
         "threads": f"{report['threads']} ({report['threads_reason']})",
         "decoding": f"{report['decode_threads']} threads ({report['decode_threads_reason']})",
         "memory": f"{machine.format_bytes(report['memory_available'])} available",
-        "bandwidth": f"{report['bandwidth']:.1f} GB/s read by {report['threads']} threads",
+        "bandwidth": f"{gbs:.1f} GB/s read by {report['decode_threads']} threads",
+        "speed": f"about {small:.1f} tok/s with a file of 4 GB (7B, Q4_0), {large:.1f} with 8 GB",
         "kernels": "kept nowhere"
         if cache is None
         else f"{report['cached_kernels']} compiled ones kept in {cache}",
@@ -62,6 +68,8 @@ def text(report: Report) -> Iterator[str]:
         yield f"{name:<14}{fact}"
     for warning in report["warnings"]:
         yield f"{'warning':<14}{warning}"
+    for name, fact in more:
+        yield f"{name:<14}{fact}"
 
 
 def _compiled(directory: Path) -> int:

@@ -21,7 +21,7 @@ class Model(Protocol):
     """What generation needs of a model: see models/llama.py."""
 
     chunk: int
-    context_length: int
+    limit: int | None  # positions a text may have; None: a ring, which never ends
 
     def forward(self, spans: Sequence[Span], cancel: threading.Event | None = None) -> Floats: ...
 
@@ -104,12 +104,15 @@ def generate(
     prompt = generation.prompt
     if not len(prompt):
         raise ValueError("there is no prompt, and the model has no BOS token to begin with")
-    if len(prompt) >= model.context_length:
-        raise ContextLengthExceeded(len(prompt), model.context_length)
-    left = min(sampler.params.max_tokens, model.context_length - len(prompt))
+    left = sampler.params.max_tokens
+    if model.limit is not None:
+        if len(prompt) >= model.limit:
+            raise ContextLengthExceeded(len(prompt), model.limit)
+        left = min(left, model.limit - len(prompt))
     *_, rows = prefill(model, prompt[cache.offset :], cache, cancel, progress)
     history = list(prompt)
-    drafts = None if costs is None else Drafts(prompt, costs)
+    # What a ring has lost is not quoted: an endless text takes no more memory than a long one.
+    drafts = None if costs is None else Drafts(prompt[-cache.capacity :], costs)
     draft: list[int] = []
     while True:
         for logits, drafted in zip(rows, [*draft, None], strict=True):

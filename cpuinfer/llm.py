@@ -3,8 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from cpuinfer import chat, generate, machine, ops
 from cpuinfer.cache import DTYPES, KVCache
+from cpuinfer.caches import Caches
 from cpuinfer.completion import Chunk, Completion, Stream, Timings, TokenLogprob
 from cpuinfer.config import ModelConfig, SlidingWindow
 from cpuinfer.generate import Generation
@@ -20,8 +21,9 @@ from cpuinfer.gguf import GGUFFile, ModelFormatError, escape, open_gguf
 from cpuinfer.kernels.jit import Kernel
 from cpuinfer.lora import Adapter, open_adapter
 from cpuinfer.models import ARCHITECTURES
-from cpuinfer.models.llama import Llama, check_tensors, expected_shapes
+from cpuinfer.models.llama import CHUNK, Llama, capacity, check_tensors, expected_shapes
 from cpuinfer.plan import fitting_context, memory_plan
+from cpuinfer.prefixes import PrefixStore, model_key
 from cpuinfer.sampling import Sampled, Sampler, SamplingParams
 from cpuinfer.speculate import Costs
 from cpuinfer.team import most_threads
@@ -51,6 +53,8 @@ class LLM:
         *,
         lora: Sequence[Lora] = (),
         speculation: bool = True,
+        force: bool = False,
+        prefixes: PrefixStore | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         """Open, check and load a GGUF file.
@@ -62,7 +66,11 @@ class LLM:
         `sliding_window` see ModelConfig.from_gguf;
         `kv_type` "f16", "f32" or "q8_0"; `template` a built-in chat template or a Jinja file;
         `lora` adapters in GGUF files, each alone or in a tuple with its scale;
-        `speculation` drafts tokens from the text where that is faster: same tokens, fewer passes.
+        `speculation` drafts tokens from the text where that is faster: same tokens, fewer passes;
+        `force` loads what does not fit into free memory as well, which may swap;
+        `prefixes` where prompts find the keys and values of texts that begin alike, and where
+        `remember` puts those of the last one.
+        Under a sliding window texts are endless unless `context_length` says otherwise.
         Raises OSError, ModelFormatError, machine.NotEnoughMemory, ValueError for an argument.
         """
         _check_arguments(threads, prefill_threads, kv_type)
@@ -74,15 +82,21 @@ class LLM:
         self.tokenizer: Tokenizer = load_tokenizer(self.file)
         self.adapters = _open_adapters(lora, self.file, self.config)
         self.kv_type = kv_type
+        added = sum(adapter.nbytes for adapter in self.adapters)
         self.context_length = fitting_context(
-            self.file,
-            self.config,
-            kv_type,
-            context_length,
-            sum(adapter.nbytes for adapter in self.adapters),
+            self.file, self.config, kv_type, context_length, added, force=force
         )
+        self._force = force
+        plan = memory_plan(self.file, self.config, kv_type, self.context_length, added)
+        self._excess = plan.total - machine.memory_available() if force else 0
         self._cut_context = context_length is None and (
             self.context_length < self.config.context_length
+        )
+        window = self.config.sliding_window
+        self.endless = (
+            context_length is None
+            and window is not None
+            and (capacity(self.config, CHUNK, self.context_length) == window + CHUNK - 1)
         )
         self._template: chat.Template | None = None
         if template is not None:
@@ -102,10 +116,15 @@ class LLM:
             context_length=self.context_length,
             progress=lambda done, total: self._on_progress("load", done, total),
             adapters=self.adapters,
+            endless=self.endless,
         )
         self._costs = Costs() if speculation else None
-        self._spare: list[tuple[KVCache, list[int]]] = []  # with the ids of the positions it holds
-        self._spare_lock = threading.Lock()
+        self._caches = Caches(
+            self._new_cache,
+            self.config.sliding_window,
+            prefixes,
+            "" if prefixes is None else self.key,
+        )
 
     def __enter__(self) -> "LLM":
         return self
@@ -115,9 +134,8 @@ class LLM:
 
     def close(self) -> None:
         """Give back weights and caches; what is asked of the model afterwards is a ValueError."""
-        with self._spare_lock:
-            self._loaded = None
-            self._spare.clear()
+        self._loaded = None
+        self._caches.close()
 
     @property
     def model(self) -> Llama:
@@ -126,17 +144,25 @@ class LLM:
             raise ValueError(f"the model {escape(str(self.path))} has been closed")
         return self._loaded
 
+    @cached_property
+    def key(self) -> str:
+        """A hash of model, adapters and cache type: equal keys mean equal keys and values."""
+        return model_key(self.file, self.config, self.adapters, self.kv_type)
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What whoever runs the model should know, one line each."""
         found = file_warnings(self.file, self.config)
         found += [warning for adapter in self.adapters for warning in adapter.file.warnings]
         trained = self.config.context_length
-        if self._cut_context:
+        if self._cut_context and not self.endless:
             found.append(
                 f"the context is {self.context_length} positions instead of the {trained} the "
                 "model was trained for: there is no memory for more"
             )
+        if self._excess > 0:
+            more = machine.format_bytes(self._excess)
+            found.append(f"the model takes {more} more memory than is free: it may swap")
         return tuple(found)
 
     @property
@@ -170,14 +196,27 @@ class LLM:
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **params: Any
     ) -> Stream:
         """`chat` piece by piece."""
-        ids = self.prompt_ids(messages, tools)
-        return self._stream(ids, StreamDecoder(self.tokenizer), params)
+        return self.stream_reply(self.prompt_ids(messages, tools), **params)
+
+    def stream_reply(
+        self, prompt: Sequence[int], said: Sequence[int] = (), **params: Any
+    ) -> Stream:
+        """The reply to a prompt of `prompt_ids`, after the tokens it begins with already."""
+        return self._stream([*prompt, *said], StreamDecoder(self.tokenizer, said), params)
 
     def prompt_ids(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        previous_ids: Sequence[int] = (),
     ) -> list[int]:
-        """The ids `chat` sends to the model, BOS included."""
-        return chat.prompt_ids(self.template, self.tokenizer, messages, tools)
+        """The ids `chat` sends to the model, BOS included.  `previous_ids` of an earlier prompt and
+        its reply stay where the text is the same: then nothing of them is read again."""
+        return chat.prompt_ids(self.template, self.tokenizer, messages, tools, previous_ids)
+
+    def remember(self) -> None:
+        """Put keys and values of the last request into `prefixes`; OSError where it cannot be."""
+        self._caches.remember()
 
     def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """(T, vocab_size) float32: the logits after each of T ids, from an empty cache."""
@@ -187,7 +226,7 @@ class LLM:
         shape = (len(ids), self.config.vocab_size)
         machine.check(machine.MemoryPlan(0, 0, 4 * shape[0] * shape[1]), machine.memory_available())
         logits, done = np.empty(shape, np.float32), 0
-        with self._cache(Generation(ids, [])) as cache:
+        with self._caches.lend(Generation(ids, [])) as cache:
             cache.reset()
             for some in generate.prefill(self.model, ids, cache, n_logits=len(ids)):
                 logits[done : (done := done + len(some))] = some
@@ -215,7 +254,7 @@ class LLM:
         stops = StopStrings(tuple(sampler.params.stop))
         pieces: list[str] = []
         logprobs: list[TokenLogprob] = []
-        with self._cache(generation) as cache:
+        with self._caches.lend(generation) as cache:
             cached = cache.offset
             self._on_progress("prompt", 0, len(ids) - cached)
             for sampled in generate.generate(
@@ -265,27 +304,11 @@ class LLM:
     def _shown(self, token: int) -> str:
         return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
-    @contextmanager
-    def _cache(self, generation: Generation) -> Iterator[KVCache]:
-        """A cache that holds what the prompt has in common with the last request's text, but not
-        all of the prompt; kept for the next request afterwards."""
-        with self._spare_lock:
-            spare = self._spare.pop() if self._spare else None
-        cache, held = spare or (self._new_cache(), [])
-        shared = _common(held, generation.prompt[:-1])
-        cache.rewind(shared if cache.holds(shared, self.config.sliding_window) else 0)
-        try:
-            yield cache
-        finally:
-            held = [*generation.prompt, *generation.tokens][: cache.offset]
-            with self._spare_lock:
-                if self._loaded is not None:
-                    self._spare = [(cache, held)]
-
     def _new_cache(self) -> KVCache:
         """NotEnoughMemory where requests at the same time ask for more caches than fit."""
         plan = memory_plan(self.file, self.config, self.kv_type, self.context_length)
-        machine.check(machine.MemoryPlan(0, plan.cache, 0), machine.memory_available())
+        if not self._force:
+            machine.check(machine.MemoryPlan(0, plan.cache, 0), machine.memory_available())
         return self.model.make_cache()
 
 
@@ -294,12 +317,6 @@ def _whole(stream: Stream) -> Completion:
         pass
     assert stream.completion is not None
     return stream.completion
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _check_arguments(threads: int | None, prefill_threads: int | None, kv_type: str) -> None:

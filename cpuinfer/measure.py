@@ -214,13 +214,16 @@ def first_token_in_child(model: str, loading: dict[str, Any]) -> Report:
 
 def start(model: str, loading: dict[str, Any]) -> float:
     """Seconds of the whole command that writes one token."""
-    options = [
-        f"--no-{name}" if value is False else f"--{name.replace('_', '-')}={value}"
-        for name, value in loading.items()
-    ]
+    options = [_option(name.replace("_", "-"), value) for name, value in loading.items()]
     start = time.perf_counter()
     child("-m", "cpuinfer", "generate", model, "-p", PROMPT, "-n", "1", *options)
     return time.perf_counter() - start
+
+
+def _option(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 def child(*arguments: str) -> bytes:

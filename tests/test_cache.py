@@ -193,3 +193,33 @@ def test_rewinding_to_nothing_is_a_reset() -> None:
     assert (cache.offset, cache.holds(0, 5), cache.holds(1, 5)) == (0, True, False)
     cache.advance(4)
     assert all(cache.holds(offset, 5) for offset in range(5))
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "f32", "q8_0"])
+@pytest.mark.parametrize("start", [0, 5, 21])
+def test_rows_that_are_read_can_be_put_into_another_ring(kv_type: str, start: int) -> None:
+    cache, other = KVCache(2, 2, 64, 8, kv_type), KVCache(2, 2, 64, 8, kv_type)
+    rng = np.random.default_rng(0)
+    cache.keys[:] = rng.integers(0, 99, cache.keys.shape)
+    cache.values[:] = rng.integers(0, 99, cache.values.shape)
+    cache.begin_at(start)
+    cache.offset = start + 7
+    other.begin_at(start + 2)
+    for end in range(start + 3, start + 7, 2):
+        other.extend(cache.read(end - 1, end + 1))
+    assert (other.first, other.offset) == (start + 2, start + 6)
+    for position in range(start + 2, start + 6):
+        slot = position % 8
+        np.testing.assert_array_equal(other.keys[:, :, slot], cache.keys[:, :, slot])
+        np.testing.assert_array_equal(other.values[:, :, slot], cache.values[:, :, slot])
+
+
+def test_a_ring_that_is_extended_forgets_the_oldest() -> None:
+    cache = KVCache(1, 1, 16, 8)
+    cache.begin_at(3)
+    for number in range(3):
+        cache.extend(np.full((2, 1, 1, 5, 16), number, np.uint16))
+    assert (cache.first, cache.offset) == (10, 18)
+    assert cache.read(10, 18)[0, 0, 0, :, 0].tolist() == [1, 1, 1, 2, 2, 2, 2, 2]
+    cache.extend(np.arange(2 * 11 * 16, dtype=np.uint16).reshape(2, 1, 1, 11, 16))
+    assert cache.read(21, 29)[0, 0, 0, :, 0].tolist() == list(range(48, 176, 16))

@@ -11,7 +11,7 @@ import pytest
 from command import DEMO, run, variant
 from conftest import SHARED, shared
 
-from cpuinfer import machine
+from cpuinfer import estimate, machine
 
 STORIES = SHARED / "models/stories260K.gguf"
 
@@ -93,14 +93,60 @@ def test_memory_for_a_context_and_a_window(capsys: pytest.CaptureFixture[str]) -
 def test_memory_that_is_short(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    off = ["--sliding-window", "off"]
+    off = ["--sliding-window", "off", "--kv-type", "f32"]
     total = report(capsys, DEMO, *off)["memory"]["total"]
     monkeypatch.setattr(machine, "memory_available", lambda: total - 1)
-    assert report(capsys, DEMO, *off)["memory"]["fitting_context_length"] == 1024
-    assert "enough for a context of 1024 positions" in text(capsys, DEMO, *off)
+    memory = report(capsys, DEMO, *off)["memory"]
+    assert memory["fitting_context_length"] == memory["instead"]["context_length"] == 1792
+    assert memory["instead"]["q8_0_context_length"] == 2048
+    shown = text(capsys, DEMO, *off)
+    assert "which is too little" in shown
+    fits = "a context of 1792 positions fits, with a q8_0 cache one of 2048"
+    assert f"instead       {fits}\n" in shown
     monkeypatch.setattr(machine, "memory_available", lambda: 1 << 20)
-    assert report(capsys, DEMO)["memory"]["fitting_context_length"] == 0
-    assert "1.0 MiB, too little for this model" in text(capsys, DEMO)
+    memory = report(capsys, DEMO)["memory"]
+    assert memory["fitting_context_length"] == 0 and not memory["instead"]["types"]
+    assert "1.0 MiB, which is too little" in text(capsys, DEMO)
+    assert "instead       take a smaller model" in text(capsys, DEMO)
+
+
+def test_other_types_of_a_model_have_the_size_that_quantize_makes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "q4.gguf"
+    assert run(capsys, "quantize", DEMO, out, "Q4_K_M", "--allow-requantize").code == 0
+    expected = report(capsys, DEMO)["memory"]["type_bytes"]["Q4_K_M"]
+    assert abs(out.stat().st_size - expected) < 1000  # keys of its own
+
+
+def test_the_speed_to_expect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(machine, "read_bandwidth", lambda threads: 10.0)
+    monkeypatch.setattr(machine, "instruction_set", lambda: "avx2")
+    assert report(capsys, DEMO)["speed"] is None  # too small
+    monkeypatch.setattr(estimate, "FROM_MEMORY", 1)
+    speed = report(capsys, DEMO)["speed"]
+    cores, _ = machine.threads()
+    threads, _ = machine.decode_threads(cores)
+    assert (speed["bandwidth"], speed["threads"], speed["positions"]) == (10, threads, 128)
+    # The embedding is the output as well, or is not read.
+    tensors = {tensor["name"]: tensor["bytes"] for tensor in report(capsys, DEMO)["tensors"]}
+    if "output.weight" in tensors:
+        del tensors["token_embd.weight"]
+    weights = sum(tensors.values())
+    assert speed["tokens_per_second"] == pytest.approx(9e9 / (weights + 1024))
+    assert speed["tokens_per_second_full"] == pytest.approx(9e9 / (weights + 128 * 1024))
+    assert f"(10.0 GB/s read by {threads} threads)" in text(capsys, DEMO)
+    short = report(capsys, DEMO, "--context-length", "64")["speed"]
+    assert short["positions"] == 64
+    # Of a context that does not fit, the one that does.
+    total = report(capsys, DEMO, "--sliding-window", "off")["memory"]["total"]
+    monkeypatch.setattr(machine, "memory_available", lambda: total - 1)
+    assert report(capsys, DEMO, "--sliding-window", "off")["speed"]["positions"] == 1792
+    monkeypatch.setattr(machine, "memory_available", lambda: 1000)
+    assert report(capsys, DEMO)["speed"] is None
 
 
 def test_the_text_for_people(capsys: pytest.CaptureFixture[str]) -> None:

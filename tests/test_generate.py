@@ -24,7 +24,7 @@ class Counting:
     """A model that always wants the next id, and remembers what it was given."""
 
     chunk = 4
-    context_length = 12
+    limit = 12
 
     def __init__(self, eos_after: int | None = None) -> None:
         self.passes: list[list[int]] = []
@@ -46,7 +46,7 @@ class Counting:
 def run(model: Counting, prompt: list[int], **params: object) -> tuple[list[int], Generation]:
     generation = Generation(prompt, [])
     sampler = Sampler(SamplingParams(temperature=0, **params), VOCAB)  # type: ignore[arg-type]
-    cache = KVCache(1, 1, 16, model.context_length)
+    cache = KVCache(1, 1, 16, model.limit)
     tokens = [s.token for s in generate(model, generation, sampler, {EOS}, cache)]
     assert tokens == generation.tokens
     return tokens, generation
@@ -222,7 +222,7 @@ def test_a_drafted_end_of_generation_ends(windowed: Llama) -> None:
 class Quoting(Counting):
     """Wants what stands five places back in the text; a scripted model that quotes for ever."""
 
-    context_length = 300
+    limit = 300
     chunk = 8
 
     def forward(
@@ -241,7 +241,7 @@ class Quoting(Counting):
 def test_a_text_that_quotes_takes_few_passes() -> None:
     model, generation = Quoting(), Generation([3, 4, 5, 6, 7, 8] * 2, [])
     sampler = Sampler(SamplingParams(temperature=0, max_tokens=200), VOCAB)
-    cache = KVCache(1, 1, 16, model.context_length)
+    cache = KVCache(1, 1, 16, model.limit)
     assert len(list(generate(model, generation, sampler, {EOS}, cache, costs=free()))) == 200
     assert generation.accepted >= 150
     assert model.count == 2 + 199 - generation.accepted  # the prompt is two chunks

@@ -30,7 +30,7 @@ def path() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def llm(path: Path) -> Iterator[cpuinfer.LLM]:
-    with cpuinfer.LLM(path, threads=1) as llm:
+    with cpuinfer.LLM(path, context_length=2048, threads=1) as llm:
         yield llm
 
 
@@ -127,6 +127,36 @@ def test_a_prompt_that_fills_the_context_is_refused(llm: cpuinfer.LLM, over: int
         llm.generate([5] * (llm.context_length + over))
 
 
+def test_a_window_makes_texts_endless(path: Path) -> None:
+    """The model was trained on 2,048 positions and sees 128 in each of 4 layers: what is further
+    away than 4 times that, and where the text begins, are nothing to it."""
+    with cpuinfer.LLM(path, threads=1) as llm:
+        assert llm.endless
+        prompt = [llm.tokenizer.bos_id, *llm.tokenizer.encode(PROMPT * 800, add_bos=False)]
+        assert len(prompt) > 3000
+        far = llm.generate(prompt, max_tokens=100, temperature=0, ignore_eos=True)
+        near = llm.generate(prompt[-600:], max_tokens=100, temperature=0, ignore_eos=True)
+    assert far.completion_tokens == 100
+    assert far.token_ids == near.token_ids
+
+
+@pytest.mark.parametrize(
+    "options", [{"context_length": 2048}, {"context_length": 100}, {"sliding_window": "off"}]
+)
+def test_texts_end_without_a_window_or_where_it_is_said(
+    path: Path, options: dict[str, Any]
+) -> None:
+    with cpuinfer.LLM(path, threads=1, **options) as llm:
+        assert not llm.endless
+        with pytest.raises(ContextLengthExceeded):
+            llm.generate([5] * 2048)
+
+
+def test_a_window_as_long_as_the_context_does_not_make_texts_endless(path: Path) -> None:
+    with cpuinfer.LLM(path, threads=1, sliding_window=1900) as llm:
+        assert not llm.endless
+
+
 @pytest.mark.parametrize("prompt", [[-1], [10**6], [2**40]])
 def test_ids_outside_the_vocabulary_are_refused(llm: cpuinfer.LLM, prompt: list[int]) -> None:
     with pytest.raises(ValueError, match="token"):
@@ -171,7 +201,7 @@ def test_a_closed_model_says_so(path: Path) -> None:
     llm.close()
     llm.close()
     stream.close()
-    assert llm._spare == []
+    assert llm._caches._spare is None
     with pytest.raises(ValueError, match=r"demo\.gguf has been closed"):
         llm.generate(PROMPT)
 
@@ -229,6 +259,20 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
         cpuinfer.LLM(path)
 
 
+def test_forced_it_runs_without_the_memory(
+    path: Path, llm: cpuinfer.LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = llm.generate(PROMPT, max_tokens=5, seed=1).token_ids
+    monkeypatch.setattr(machine, "memory_available", lambda: 1000)
+    with cpuinfer.LLM(path, context_length=64, force=True) as forced:
+        assert forced.generate(PROMPT, max_tokens=5, seed=1).token_ids == wanted
+        (warning,) = forced.warnings
+    assert "MiB more memory than is free: it may swap" in warning
+    monkeypatch.undo()
+    with cpuinfer.LLM(path, context_length=64, force=True) as enough:
+        assert enough.warnings == ()
+
+
 # --- drafts ---
 
 
@@ -261,7 +305,7 @@ def said(done: Completion) -> tuple[object, ...]:
 
 def fresh(llm: cpuinfer.LLM, prompt: str | Sequence[int], **params: Any) -> Completion:
     """The completion from an empty cache."""
-    llm._spare.clear()
+    llm._caches.forget()
     done = llm.generate(prompt, logprobs=2, **params)
     assert done.cached_tokens == 0
     return done
@@ -310,7 +354,7 @@ def test_a_prompt_that_takes_another_turn(
     first = ids(length)
     other = [*first[:shared], 299, *ids(200, seed=2)]
     wanted = fresh(llm, other, max_tokens=10, seed=3)
-    llm._spare.clear()
+    llm._caches.forget()
     done = fresh(llm, first, max_tokens=41, seed=3, ignore_eos=True)
     assert done.completion_tokens == 41  # of which the last is not in the cache
     done = llm.generate(other, max_tokens=10, seed=3, logprobs=2)
@@ -431,7 +475,7 @@ def test_a_reader_that_leaves_at_a_wrong_draft_leaves_a_right_cache(
     )
     prompt = llm.tokenizer.encode("The cat sat on the mat. " * 8)
     for tokens in range(1, 20):
-        llm._spare.clear()
+        llm._caches.forget()
         stream = llm.stream(prompt, max_tokens=60, temperature=1, seed=seed, ignore_eos=True)
         said_so_far = [token for _ in range(tokens) for token in next(stream).token_ids]
         stream.close()

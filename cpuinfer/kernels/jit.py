@@ -20,6 +20,7 @@ import numba
 from llvmlite import binding
 from numba.core import config as _config
 from numba.core.caching import FunctionCache
+from numba.core.runtime.nrt import rtsys
 
 from cpuinfer import machine
 
@@ -61,12 +62,16 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+#: Of everything that shapes the machine code, and with it every bit of a result.
+FINGERPRINT = _fingerprint()
+
+
 def _open_cache() -> Path | None:
     """The directory for this build's machine code, or None (with one warning) to go without."""
     base = machine.cache_directory()
     warning = base.warning
     if base.path is not None:
-        directory = base.path / "kernels" / _fingerprint()
+        directory = base.path / "kernels" / FINGERPRINT
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             return directory
@@ -90,7 +95,11 @@ class _TolerantCache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            # Numba's own load_overload first makes ready all that its compiler knows, 0.1 s of
+            # imports (and as much at exit). Machine code needs the symbols of the runtime alone;
+            # where something is to be compiled, the compiler makes itself ready.
+            rtsys.initialize(target_context)
+            return self._load_overload(sig, target_context)
         except Exception:  # a pickle cut anywhere raises anything
             self._discard()
             return None

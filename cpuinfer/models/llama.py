@@ -147,9 +147,12 @@ class Llama:
         chunk: int = CHUNK,
         progress: Callable[[int, int], None] | None = None,
         adapters: Sequence[lora.Adapter] = (),
+        endless: bool = False,
     ) -> None:
         """`chunk` is the most tokens a sequence adds in a pass; passes of more than DECODE_ROWS
         tokens in all run on `prefill_threads`, if that is given.
+
+        `endless` texts may be longer than `context_length`, which then bounds the ring alone.
 
         `progress(done, total)` is called with bytes of weights while they are packed.
         """
@@ -160,6 +163,7 @@ class Llama:
         self.prefill_threads = prefill_threads or threads
         self.context_length = context_length or config.context_length
         self.chunk = min(chunk, self.context_length)
+        self.limit = None if endless else self.context_length
         tensors = file.tensors
         total = sum(t.data.nbytes for t in tensors.values())
         done = 0

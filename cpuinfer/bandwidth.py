@@ -1,0 +1,63 @@
+"""The bandwidth of this computer's memory, measured once and kept.
+
+It is kept in `bandwidth.json` of the user's cache directory as {CPU: {threads: GB/s}}. Where that
+is damaged or cannot be written it is measured again, which takes about a second.
+"""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from cpuinfer import machine
+from quant.partial_file import complete_or_absent
+
+_Kept = dict[str, dict[str, float]]
+
+
+def known(threads: int) -> float:
+    """GB/s that `threads` threads read together: what was measured last, or is measured now."""
+    path = _path()
+    found = 0.0 if path is None else _read(path).get(machine.cpu_model(), {}).get(str(threads), 0.0)
+    return found or measured(threads)
+
+
+def measured(threads: int) -> float:
+    """GB/s that `threads` threads read together now, kept for the next time."""
+    gbs = machine.read_bandwidth(threads)
+    path = _path()
+    if path is not None:
+        kept = _read(path)
+        kept.setdefault(machine.cpu_model(), {})[str(threads)] = round(gbs, 2)
+        with suppress(OSError):  # then it is measured again
+            _write(path, kept)
+    return gbs
+
+
+def _path() -> Path | None:
+    directory = machine.cache_directory().path
+    return None if directory is None else directory / "bandwidth.json"
+
+
+def _read(path: Path) -> _Kept:
+    """What is kept, without entries that are none."""
+    try:
+        document = json.loads(path.read_bytes())
+        return {
+            str(cpu): {str(threads): float(gbs) for threads, gbs in entries.items() if _is_gbs(gbs)}
+            for cpu, entries in document.items()
+        }
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _is_gbs(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < 100_000
+
+
+def _write(path: Path, kept: _Kept) -> None:
+    text = json.dumps(kept).encode()
+    with complete_or_absent(path, len(text)) as place:
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(text)
