@@ -28,10 +28,11 @@ from cpuinfer.chat.template import (
     Messages,
     Segment,
     Template,
+    TemplateFault,
     Tools,
     joined,
 )
-from cpuinfer.chat.worker import TemplateRefusal, Worker
+from cpuinfer.chat.worker import Worker
 from cpuinfer.tokenizer import Tokenizer
 
 # Granite's names for calls and results.
@@ -68,7 +69,7 @@ class JinjaTemplate(Template):
             checked = _folded(checked)
         try:
             text = self._text(checked, available)
-        except TemplateRefusal:
+        except TemplateFault:
             plainer = _plainer(checked)
             if plainer == checked:
                 raise
@@ -90,7 +91,7 @@ class JinjaTemplate(Template):
         probe = [Message("", "system", "4df1c0e9"), Message("", "user", "7b3a52d6")]
         try:
             return probe[0].content in self._text(probe, [])
-        except TemplateRefusal:
+        except TemplateFault:
             return False
 
 

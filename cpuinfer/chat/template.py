@@ -14,6 +14,10 @@ class ChatTemplateError(ValueError):
     """There is no template, or it does not work; str() is one sentence for a person."""
 
 
+class TemplateFault(ChatTemplateError):
+    """The template itself is wrong: it is none, or raises an error, for these messages or any."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A piece of a prompt: the text of one control token, or plain text that makes none."""
@@ -26,6 +30,7 @@ class Template(ABC):
     """Puts a conversation into the form a family of models was trained on."""
 
     name: str  # of a built-in, or where the template comes from
+    reason = ""  # why it is the one of a model
 
     @abstractmethod
     def render(self, messages: Messages, tools: Tools | None = None) -> list[Segment]:

@@ -9,16 +9,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from cpuinfer.chat.template import ChatTemplateError
+from cpuinfer.chat.template import ChatTemplateError, TemplateFault
 from cpuinfer.gguf import escape
 
 SECONDS = 2.0
 START_SECONDS = 30.0  # to start Python and import Jinja
 MAX_REPLY = 64 << 20  # bytes; 4 Mi characters are fewer
-
-
-class TemplateRefusal(ChatTemplateError):
-    """The template itself raised an error, for these messages or for any."""
 
 
 class Worker:
@@ -51,14 +47,7 @@ class Worker:
             return self._process
         self._stop()
         try:
-            process = subprocess.Popen(
-                # -P: modules beside the script are not to be found instead of Python's own.
-                [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C is not for it
-            )
+            process = _start()
         except OSError as error:
             raise ChatTemplateError(f"{self._origin}: cannot start Python: {error}") from None
         self._process = process
@@ -80,7 +69,7 @@ class Worker:
             return text
         if "error" in answer:
             line = "" if answer["line"] is None else f", line {answer['line']}"
-            raise TemplateRefusal(f"{self._origin}{line}: {escape(answer['error'])}")
+            raise TemplateFault(f"{self._origin}{line}: {escape(answer['error'])}")
         self._stop()
         raise ChatTemplateError(f"{self._origin}: the process that renders it has ended")
 
@@ -117,6 +106,17 @@ class Worker:
         if self._finalizer is not None:
             self._finalizer()
         self._process = self._finalizer = None
+
+
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        # -P: modules beside the script are not to be found instead of Python's own.
+        [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        process_group=0,  # Ctrl-C is not for it
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
