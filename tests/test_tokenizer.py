@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from cpuinfer.gguf import ModelFormatError, open_gguf
-from cpuinfer.tokenizer import Tokenizer, load_tokenizer
+from cpuinfer.tokenizer import Tokenizer, load_tokenizer, spm
 from quant.gguf_writer import write_gguf
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -209,6 +209,18 @@ def test_long_text() -> None:
     ids = tokenizer.encode(text, add_bos=False)
     assert ids == sentencepiece_model("mistral-v1").encode(text)
     assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("extra", [{}, {"b▁": NORMAL}, {"▁▁": NORMAL, "▁▁c": NORMAL}])
+def test_a_text_that_is_cut_gives_the_same_ids(
+    monkeypatch: pytest.MonkeyPatch, extra: dict[str, int]
+) -> None:
+    tokenizer = load(vocabulary(extra))
+    texts = ["".join(random.Random(seed).choices("abc  \u2581\n", k=60)) for seed in range(200)]
+    whole = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(spm, "PART", 3)
+    assert [tokenizer.encode(text) for text in texts] == whole
+    assert len(list(spm._parts("ab abc  bb c"))) == 3
 
 
 def test_bos_only_if_the_file_asks() -> None:
