@@ -6,7 +6,7 @@ W + chunk - 1, where `chunk` is the most positions added at once: a chunk then n
 key that its own first token still needs.  Without a window it is the context length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class KVCache:
         self.values: npt.NDArray[Any] = np.zeros(shape, DTYPES[kv_type])
         self.offset = 0
         self.first = 0
+        #: Called with the first position that will be left when others are about to be lost.
+        self.before_loss: Callable[[int], None] | None = None
 
     @property
     def capacity(self) -> int:
@@ -62,7 +64,10 @@ class KVCache:
     def claim(self, n: int) -> None:
         """`n` positions from the offset on may be written from now on, to some layers at least:
         what their slots held is lost even if the offset never moves."""
-        self.first = max(self.first, self.offset + n - self.capacity)
+        first = max(self.first, self.offset + n - self.capacity)
+        if first > self.first and self.before_loss is not None:
+            self.before_loss(first)
+        self.first = first
 
     def advance(self, n: int) -> None:
         """`n` positions have been written to every layer."""

@@ -25,14 +25,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from cpuinfer import commands, console, file_commands, options
+from cpuinfer import chat_command, commands, console, file_commands, hub_commands, options
 from cpuinfer.gguf_errors import ModelFormatError
 
 _COMMANDS = {
     command.__name__: command
     for command in (
         commands.generate,
-        commands.chat,
+        chat_command.chat,
         commands.inspect,
         commands.doctor,
         commands.warmup,
@@ -44,8 +44,12 @@ _COMMANDS = {
         file_commands.join,
         file_commands.convert,
         file_commands.imatrix,
+        hub_commands.pull,
+        hub_commands.rm,
+        hub_commands.show,
     )
 }
+_COMMANDS["list"] = hub_commands.list_models
 
 # What may be wrong with an input file before a byte of it is read.
 _NO_INPUT = {
@@ -139,8 +143,9 @@ def _set_up_output() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _abandon_output() -> None:

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from cpuinfer.hub_options import add_list, add_pull, add_rm, add_show
 from cpuinfer.option_groups import (
     BUNDLED,
     add_cache,
@@ -18,6 +19,7 @@ from cpuinfer.option_groups import (
     add_loading,
     add_lora,
     add_model,
+    add_overcommit,
     add_sampling,
     add_speculation,
     add_stats,
@@ -69,14 +71,51 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="a built-in chat template or a Jinja file (default: the model file's own)",
     )
+    _add_conversation(parser.add_argument_group("the conversation"))
     add_sampling(parser)
     group = add_loading(parser)
     add_lora(group)
     add_speculation(group)
 
 
+def _add_conversation(group: argparse._ActionsContainer) -> None:
+    from cpuinfer.conversation import ON_FULL
+
+    group.add_argument(
+        "-1",
+        "--once",
+        action="store_true",
+        default=False,
+        help="answer one message, piped in or typed, and leave; nothing but the reply is shown",
+    )
+    group.add_argument(
+        "--plain", action="store_true", default=False, help="show replies as they are written"
+    )
+    group.add_argument(
+        "--resume",
+        metavar="NAME",
+        nargs="?",
+        help="go on with a saved conversation (default: the newest), and with its model if no "
+        "other one is named before",
+    )
+    group.add_argument(
+        "--no-save",
+        action="store_true",
+        default=False,
+        help="keep neither the conversation nor what is typed",
+    )
+    group.add_argument(
+        "--on-full",
+        choices=ON_FULL,
+        help="when the context is full: stop, or let the model read the newest messages alone, or "
+        "a summary of the others before them (default: stop)",
+    )
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a GGUF file; of a split model, any part")
+    parser.add_argument(
+        "file", metavar="MODEL", help="a GGUF file (of a split model, any part) or a model by name"
+    )
     parser.add_argument(
         "--tensors", action="store_true", default=False, help="list every tensor as well"
     )
@@ -85,7 +124,9 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, "this computer alone")
     add_json(parser)
+    add_context(parser.add_argument_group("what the memory needed is reckoned for"))
 
 
 def _add_warmup(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +178,7 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     add_cache(group)
     add_lora(group)
     add_threads(group)
+    add_overcommit(group)
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
@@ -317,15 +359,21 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] 
     "chat": (
         _add_chat,
         "talk with a model",
-        "Ctrl-C stops a reply, or leaves when typed instead of a message; Ctrl-D leaves. What is "
-        "piped in is one message, answered once.",
+        "Ctrl-C stops a reply, or leaves when typed instead of a message; Ctrl-D leaves, /help "
+        "lists the commands. What is piped in is one message, answered once. Conversations are "
+        "saved.",
     ),
     "inspect": (
         _add_inspect,
         "show what a model file holds and the memory it needs",
         "Works for models that cpuinfer cannot run, too, and says why it cannot.",
     ),
-    "doctor": (_add_doctor, "show what this computer offers, and what to improve", ""),
+    "doctor": (
+        _add_doctor,
+        "show what this computer offers, and what to improve",
+        "With MODEL also whether it fits into the memory, how fast it will be, and what to choose "
+        "where it does not fit.",
+    ),
     "warmup": (
         _add_warmup,
         "compile the kernels now, so that no later start has to wait",
@@ -368,5 +416,18 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] 
         _add_imatrix,
         "measure which columns of the weights matter for a text",
         "The file is llama.cpp's importance matrix, for quantize --imatrix.",
+    ),
+    "pull": (
+        add_pull,
+        "fetch a model by its name",
+        "From the Hugging Face hub. What was interrupted goes on where it ended, and a file is "
+        "there when its SHA-256 is right. Without TYPE: Q4_K_M, or Q4_0, or the first there is.",
+    ),
+    "list": (add_list, "show the models that were pulled", ""),
+    "rm": (add_rm, "remove a model that was pulled", ""),
+    "show": (
+        add_show,
+        "show what a model is, in short",
+        "`cpuinfer inspect` shows all that its file holds.",
     ),
 }

@@ -18,6 +18,7 @@ from cpuinfer.console import (
     BadInput,
     load,
     note,
+    open_model,
     plotter,
     print_json,
     read_prompt,
@@ -78,32 +79,11 @@ def _stream(pieces: Iterable[str]) -> None:
             write("\n")
 
 
-def chat(arguments: Namespace) -> None:
-    """Talk with a model: line by line in a terminal, one message from a pipe."""
-    from cpuinfer import terminal
-
-    params = options.sampling(arguments)
-    interactive = sys.stdin is not None and sys.stdin.isatty()
-    message = "" if interactive else read_prompt(None)
-    if not (interactive or message.strip()):
-        raise ValueError("there is no message on standard input")
-    system = None if arguments.system is None else utf8(arguments.system, "--system")
-    progress = Progress(sys.stderr)
-    llm = load(arguments, progress)
-    conversation = terminal.Conversation(llm, system, params, progress)
-    if interactive:
-        note(f"{_setup(llm)}, template: {llm.template.name}")
-        terminal.chat(conversation)
-    else:
-        conversation.say(message)
-
-
 def inspect(arguments: Namespace) -> None:
     """Show what a model file holds."""
     from cpuinfer import describe
-    from cpuinfer.gguf import open_gguf
 
-    file = open_gguf(arguments.file)
+    file = open_model(arguments.file)
     report = describe.describe(file, **options.loading(arguments))
     if arguments.json:
         print_json(report)
@@ -113,28 +93,31 @@ def inspect(arguments: Namespace) -> None:
 
 
 def doctor(arguments: Namespace) -> None:
-    """Show what this computer offers."""
-    from cpuinfer import doctor
+    """Show what this computer offers, and what it means for a model."""
+    from cpuinfer import describe, doctor
 
-    report = doctor.examine()
+    file = None if arguments.model is None else open_model(arguments.model)
+    report = {**doctor.examine(), "model": None}
+    if file is not None:
+        report["model"] = describe.fit(file, **options.loading(arguments))
     if arguments.json:
         print_json(report)
     else:
-        for line in doctor.text(report):
+        facts = () if file is None else describe.fit_facts(report["model"])
+        for line in doctor.text(report, facts):
             print(line)
 
 
 def warmup(arguments: Namespace) -> None:
     """Compile the kernels of a model, or the common ones."""
     from cpuinfer import llm, ops
-    from cpuinfer.gguf import open_gguf
     from cpuinfer.kernels import jit
     from quant.ggml_types import GGMLType
 
     if arguments.model is None:
         qtypes = {GGMLType[name] for name in _COMMON_TYPES}
     else:
-        qtypes = llm.matrix_types(open_gguf(arguments.model))
+        qtypes = llm.matrix_types(open_model(arguments.model))
     kernels = ops.kernels_for(qtypes, arguments.kv_type)
     with Progress(sys.stderr) as progress:
         compiled = llm.prepare_kernels(kernels, progress)

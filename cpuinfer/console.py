@@ -18,7 +18,9 @@ from cpuinfer.gguf_errors import escape
 from cpuinfer.progress import Progress
 
 if TYPE_CHECKING:
+    from cpuinfer.gguf import GGUFFile
     from cpuinfer.llm import LLM
+    from cpuinfer.prefixes import PrefixStore
 
 
 class BadInput(Exception):
@@ -29,15 +31,31 @@ class BadOutput(Exception):
     """A file that cannot be made."""
 
 
-def load(arguments: Namespace, progress: Progress) -> "LLM":
+def load(arguments: Namespace, progress: Progress, prefixes: "PrefixStore | None" = None) -> "LLM":
     with progress:
+        from cpuinfer.estimate import before_loading
+        from cpuinfer.hub.store import resolve
         from cpuinfer.llm import LLM
 
-        path = arguments.model or resources.files("cpuinfer") / "data/demo.gguf"
-        llm = LLM(str(path), **options.loading(arguments), on_progress=progress)
+        bundled = resources.files("cpuinfer") / "data/demo.gguf"
+        path = bundled if arguments.model is None else resolve(arguments.model)
+        loading = options.loading(arguments)
+        if sys.stderr.isatty() or getattr(arguments, "stats", False):
+            line = before_loading(str(path), loading)
+            if line is not None:
+                note(line)
+        llm = LLM(str(path), **loading, prefixes=prefixes, on_progress=progress)
     for warning in llm.warnings:
         note(f"warning: {warning}")
     return llm
+
+
+def open_model(name: str) -> "GGUFFile":
+    """The model file at a path, or of a model that was pulled under this name."""
+    from cpuinfer.gguf import open_gguf
+    from cpuinfer.hub.store import resolve
+
+    return open_gguf(resolve(name))
 
 
 def read_prompt(path: Path | None) -> str:

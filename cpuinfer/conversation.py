@@ -7,6 +7,7 @@ in `messages` whatever it is: at most they are not read any more, and the person
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from cpuinfer.completion import Completion, Stream
@@ -21,16 +22,34 @@ _SUMMARIZE = (
     "in at most {words} words."
 )
 
+# Parts of the context.  A message is answered if a SHORT reply fits behind it.  Where older ones
+# may be left out, a quarter is wanted for the reply, and if there is less, half of the context is
+# made free: so that all is read again once in a while and not with every message.
+_SHORT, _WANTED, _KEPT = 1 / 16, 1 / 4, 1 / 2
+_SUMMARY = 1 / 8
+_NEARLY_FULL = 7 / 8
+
 
 class ContextFull(ValueError):
     """There is no room for a reply; str() has the numbers and what can be done."""
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What the model reads for a reply: `prompt`, which leaves out the first `unread` messages and
+    has a summary of them, if any."""
+
+    prompt: list[int]
+    unread: int
+    summary: str | None
+
+
 class Conversation:
     """Messages in turns, the person's first.
 
-    `system` and `params` (fields of SamplingParams) may be changed at any time.  `notice` is called
-    with a line that the person should read.
+    `system` and `params` (fields of SamplingParams) may be changed at any time; a reply that no
+    `max_tokens` limits has all the room there is, of an endless context as much as the model was
+    trained for.  `notice` is called with a line that the person should read.
     """
 
     def __init__(
@@ -53,9 +72,9 @@ class Conversation:
         self.messages: list[Message] = []
         self.unread = 0  # messages at the beginning that the model does not read any more
         self.summary: str | None = None  # of these
-        self.ids: list[int] = []  # what the model has read and written
+        self.ids: list[int] = []  # what the model has read and written last
+        self.tries = 0  # replies to the last message before the one that there is
         self.completion: Completion | None = None
-        self._tries = 0
 
     @property
     def context_length(self) -> int | None:
@@ -64,7 +83,12 @@ class Conversation:
 
     def used(self) -> int:
         """Tokens of what has been said, as the model would read it."""
-        return len(self._prompt(self.messages[self.unread :])) if self.messages else 0
+        if not self.messages:
+            return 0
+        *before, reply = self.messages[self.unread :]
+        # Not every template takes a conversation that ends with a reply.
+        written = self.llm.tokenizer.encode(str(reply["content"]), add_bos=False)
+        return len(self._prompt(before, self.summary)) + len(written)
 
     def say(self, text: str) -> Generator[str, None, None]:
         """The reply to `text`, piece by piece.
@@ -72,131 +96,140 @@ class Conversation:
         Closed early, or by an exception, it is kept as far as it came; a message without any reply
         is not.  ContextFull where there is no room, and the errors of LLM.chat.
         """
-        self._tries = 0
-        yield from self._answer({"role": "user", "content": text}, None)
+        yield from self._answer({"role": "user", "content": text}, tries=0)
 
     def retry(self) -> Generator[str, None, None]:
-        """Another reply to the last message; ValueError if there is none.
+        """Another reply to the last message, in the place of the one there is as soon as it begins;
+        ValueError if there is none.
 
         With a seed among the settings, the one after the last is taken.
         """
         if not self.messages:
             raise ValueError("there is no reply to try again")
-        message, old = self.messages[-2:]
-        del self.messages[-2:]
-        self._tries += 1
-        yield from self._answer(message, old)
+        exchange, reading = self.messages[-2:], (self.unread, self.summary)
+        self._cut()
+        before = len(self.messages)
+        try:
+            yield from self._answer(exchange[0], self.tries + 1)
+        finally:
+            if len(self.messages) == before:
+                self.messages += exchange
+                self.unread, self.summary = reading
 
     def undo(self) -> str:
         """Take back the last message and its reply: the message; ValueError if there is none."""
         if not self.messages:
             raise ValueError("there is nothing to take back")
         text = str(self.messages[-2]["content"])
-        del self.messages[-2:]
-        self.unread = min(self.unread, len(self.messages))
+        self._cut()
         return text
 
     # --- a reply ---
 
-    def _answer(self, message: Message, old: Message | None) -> Generator[str, None, None]:
-        """A reply to `message`, in the place of `old`, which stays if there is none."""
+    def _cut(self) -> None:
+        """Take out the last exchange; where nothing is read any more then, all is read again."""
+        del self.messages[-2:]
+        if self.unread >= len(self.messages):
+            self.unread, self.summary = 0, None
+
+    def _answer(self, message: Message, tries: int) -> Generator[str, None, None]:
+        reading = self._reading(message)
         said, tokens = "", list[int]()
-        prompt = self.ids
+        self.completion = None
         try:
-            prompt = self._fitting_prompt(message)
-            while True:
-                with closing(self._stream(prompt, tokens)) as stream:
-                    for chunk in stream:
-                        said += chunk.text
-                        tokens += chunk.token_ids
-                        yield chunk.text
-                self.completion = stream.completion
-                limit = self.context_length
-                if limit is None or len(prompt) + len(tokens) < limit or self.on_full == "stop":
-                    break
-                try:
-                    prompt = self._make_room(message, limit, len(tokens))
-                except ContextFull:
-                    break
+            with closing(self._stream(reading.prompt, tries)) as stream:
+                for chunk in stream:
+                    said += chunk.text
+                    tokens += chunk.token_ids
+                    yield chunk.text
+            self.completion = stream.completion
         finally:
             if said:
                 self.messages += [message, {"role": "assistant", "content": said}]
-                self.ids = [*prompt, *tokens]
-            elif old:
-                self.messages += [message, old]
+                self.unread, self.summary = reading.unread, reading.summary
+                self.ids = [*reading.prompt, *tokens]
+                self.tries = tries
         self._warn(bool(said))
 
-    def _stream(self, prompt: Sequence[int], said: Sequence[int]) -> Stream:
-        room = self.context_length or self.llm.config.context_length + len(prompt)
-        most = self.params.get("max_tokens", room - len(prompt)) - len(said)
-        seeded = {"seed": self.params["seed"] + self._tries} if "seed" in self.params else {}
-        return self.llm.stream_reply(prompt, said, **self.params | seeded | {"max_tokens": most})
+    def _stream(self, prompt: Sequence[int], tries: int) -> Stream:
+        room = self.context_length or len(prompt) + self.llm.config.context_length
+        params = {"max_tokens": room - len(prompt), **self.params}
+        if params.get("seed") is not None:
+            params["seed"] += tries
+        return self.llm.stream_reply(prompt, **params)
 
     def _warn(self, said: bool) -> None:
         limit, used = self.context_length, len(self.ids)
         if not said:
-            self.notice("the model has nothing to say to this; the message is not kept")
+            self.notice("the model has nothing to say to this")
         elif limit is not None and used >= limit:
             self.notice(f"the reply ends here, the context of {limit} tokens is full")
-        elif limit is not None and self.on_full == "stop" and used > limit - limit // 8:
+        elif limit is not None and self.on_full == "stop" and used > _NEARLY_FULL * limit:
             self.notice(f"{used} of {limit} tokens of the context are used; {_CHOICES}")
 
     # --- what the model reads ---
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        summary = self.summary and f"Summary of our conversation so far: {self.summary}"
-        system = "\n\n".join(filter(None, (self.system, summary)))
+    def _prompt(self, messages: Sequence[Message], summary: str | None) -> list[int]:
+        told = summary and f"Summary of our conversation so far: {summary}"
+        system = "\n\n".join(filter(None, (self.system, told)))
         front: list[Message] = [{"role": "system", "content": system}] if system else []
         return self.llm.prompt_ids([*front, *messages], previous_ids=self.ids)
 
-    def _fitting_prompt(self, message: Message) -> list[int]:
-        """All that is read and `message`, or less where it leaves too little room for a reply."""
-        prompt = self._prompt([*self.messages[self.unread :], message])
+    def _reading(self, message: Message) -> _Reading:
+        """All that is read so far and `message`, or less where that leaves too little room."""
+        prompt = self._prompt([*self.messages[self.unread :], message], self.summary)
         limit = self.context_length
-        if limit is None or len(prompt) + limit // (16 if self.on_full == "stop" else 4) <= limit:
-            return prompt
+        room = _SHORT if self.on_full == "stop" else _WANTED
+        if limit is None or len(prompt) <= (1 - room) * limit:
+            return _Reading(prompt, self.unread, self.summary)
         if self.on_full == "stop":
             raise ContextFull(
                 f"with this message {len(prompt)} of {limit} tokens of the context would be used, "
                 f"which leaves no room for a reply; {_CHOICES}"
             )
-        return self._make_room(message, limit, 0)
+        return self._shorter(message, limit)
 
-    def _make_room(self, message: Message, limit: int, written: int) -> list[int]:
-        """Leave out the oldest exchanges until half of the context is free: the prompt then, for a
-        reply that has `written` tokens already.  ContextFull where that does not help."""
-        summary = limit // 8 if self.on_full == "summarize" else 0
-        starts = range(self.unread, len(self.messages) + 1, 2)
+    def _shorter(self, message: Message, limit: int) -> _Reading:
+        """The newest exchanges and `message`, with a summary of the others if there is to be one;
+        ContextFull where the message alone is too long."""
+        summary = None if self.on_full == "summarize" else self.summary
+        reserved = _SUMMARY * limit if self.on_full == "summarize" else 0.0
 
-        def tokens(start: int) -> int:
-            return len(self._prompt([*self.messages[start:], message])) + written + summary
+        def prompt(start: int) -> list[int]:
+            return self._prompt([*self.messages[start:], message], summary)
 
-        place = bisect_left(starts, -(limit // 2), key=lambda start: -tokens(start))
-        start = starts[min(place, len(starts) - 1)]
-        if (needed := tokens(start)) + limit // 16 > limit:
+        starts = range(self.unread + 2, len(self.messages) + 1, 2)
+        most = _KEPT * limit - reserved
+        place = bisect_left(starts, -most, key=lambda start: -len(prompt(start)))
+        start = starts[min(place, len(starts) - 1)] if starts else self.unread
+        if (needed := len(prompt(start))) > (1 - _SHORT) * limit:
             raise ContextFull(
-                f"the last message and its reply alone take {needed} of {limit} tokens of the "
-                "context: ask for less at once, or begin anew"
+                f"the system prompt and this message alone take {needed} of {limit} tokens of the "
+                "context: ask for less at once"
             )
-        if start > self.unread:
-            left_out = f"{start - self.unread} earlier messages"
-            if summary:
-                self.notice(f"the context is full: {left_out} are being summarized")
-                self.summary = self._summarized(start, limit)
-                self.notice(f"instead of {left_out} the model reads: {self.summary}")
-            else:
-                self.notice(f"the context is full: {left_out} are not read by the model any more")
-            self.unread = start
-        return self._prompt([*self.messages[start:], message])
+        if start == self.unread:
+            return _Reading(prompt(start), start, summary)
+        left_out = f"{start - self.unread} earlier messages"
+        if reserved and needed + reserved <= (1 - _SHORT) * limit:
+            self.notice(f"the context is full: {left_out} are being summarized")
+            summary = self._summarized(start, limit) or self.summary
+        if summary and reserved:
+            self.notice(f"instead of {left_out} the model reads: {summary}")
+        else:
+            self.notice(f"the context is full: {left_out} are not read by the model any more")
+        return _Reading(prompt(start), start, summary)
 
     def _summarized(self, end: int, limit: int) -> str:
-        """The model's own summary of the messages before `end`, on one line."""
+        """The model's own summary of the messages before `end`, on one line; "" if none of them
+        have room, or it says nothing."""
         ask = {"role": "user", "content": _SUMMARIZE.format(words=limit // 16)}
-        begin, most = self.unread, limit // 8
-        prompt = self._prompt([*self.messages[begin:end], ask])
-        while len(prompt) + most > limit and begin < end:
-            begin += 2
-            prompt = self._prompt([*self.messages[begin:end], ask])
+        most = int(_SUMMARY * limit)
+        for begin in range(self.unread, end, 2):
+            prompt = self._prompt([*self.messages[begin:end], ask], self.summary)
+            if len(prompt) + most <= limit:
+                break
+        else:
+            return ""
         if begin > self.unread:
             self.notice(f"the first {begin - self.unread} of them have no room in the summary")
         with closing(self.llm.stream_reply(prompt, temperature=0, max_tokens=most)) as stream:

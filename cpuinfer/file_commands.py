@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from cpuinfer import options
-from cpuinfer.console import BadInput, BadOutput, load, note, plotter, print_json, read_prompt
+from cpuinfer.console import (
+    BadInput,
+    BadOutput,
+    load,
+    note,
+    open_model,
+    plotter,
+    print_json,
+    read_prompt,
+)
 from cpuinfer.gguf_errors import escape
 from cpuinfer.progress import Progress
 
@@ -23,13 +32,12 @@ from cpuinfer.progress import Progress
 def quantize(arguments: Namespace) -> None:
     """Write a model in other types."""
     from cpuinfer import quantize_report, requantize
-    from cpuinfer.gguf import open_gguf
     from cpuinfer.importance import read_importance
     from quant.mixes import Wishes
 
     threads = _threads(arguments)
     output = Path(arguments.output)
-    file = open_gguf(arguments.input)
+    file = open_model(arguments.input)
     if not arguments.dry_run:
         _check_output(output, file.paths, arguments.force)
     importance = read_importance(arguments.imatrix) if hasattr(arguments, "imatrix") else None
@@ -96,11 +104,10 @@ def convert(arguments: Namespace) -> None:
 def merge(arguments: Namespace) -> None:
     """Write a model with adapters folded into its weights."""
     from cpuinfer import lora, requantize
-    from cpuinfer.gguf import open_gguf
     from cpuinfer.merge import plan_merge
 
     threads = _threads(arguments)
-    output, file = Path(arguments.output), open_gguf(arguments.input)
+    output, file = Path(arguments.output), open_model(arguments.input)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     architecture = file.text("general.architecture")
     adapters = [
@@ -137,9 +144,8 @@ def merge(arguments: Namespace) -> None:
 def split(arguments: Namespace) -> None:
     """Write a model file in several parts."""
     from cpuinfer import shards
-    from cpuinfer.gguf import open_gguf
 
-    file = open_gguf(arguments.input)
+    file = open_model(arguments.input)
     parts = shards.divide(file, **options.dividing(arguments))
     paths = shards.part_paths(Path(arguments.prefix), len(parts))
     for path in paths:
@@ -160,9 +166,8 @@ def split(arguments: Namespace) -> None:
 def join(arguments: Namespace) -> None:
     """Write the parts of a split model as one file."""
     from cpuinfer import shards
-    from cpuinfer.gguf import open_gguf
 
-    output, file = Path(arguments.output), open_gguf(arguments.input)
+    output, file = Path(arguments.output), open_model(arguments.input)
     _check_output(output, file.paths, arguments.force)
     with _writing(output) as progress:
         shards.join(file, output, progress)

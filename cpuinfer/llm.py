@@ -198,11 +198,9 @@ class LLM:
         """`chat` piece by piece."""
         return self.stream_reply(self.prompt_ids(messages, tools), **params)
 
-    def stream_reply(
-        self, prompt: Sequence[int], said: Sequence[int] = (), **params: Any
-    ) -> Stream:
-        """The reply to a prompt of `prompt_ids`, after the tokens it begins with already."""
-        return self._stream([*prompt, *said], StreamDecoder(self.tokenizer, said), params)
+    def stream_reply(self, prompt: Sequence[int], **params: Any) -> Stream:
+        """The reply to a prompt of `prompt_ids`, piece by piece."""
+        return self._stream(list(prompt), StreamDecoder(self.tokenizer), params)
 
     def prompt_ids(
         self,

@@ -6,6 +6,7 @@ are looked up under `root`, "/" but for tests. Nothing here is remembered betwee
 """
 
 import ctypes
+import errno
 import os
 import platform
 import re
@@ -203,15 +204,6 @@ def _control_groups(root: Path, controller: str) -> list[Path]:
 # Memory
 
 
-class NotEnoughMemory(MemoryError):
-    """What is planned does not fit; the message has the numbers and what to lower."""
-
-    def __init__(self, needed: int, available: int, message: str) -> None:
-        super().__init__(message)
-        self.needed = needed
-        self.available = available
-
-
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes a model will take: the weights in the file, the cache, and room to compute in."""
@@ -225,24 +217,23 @@ class MemoryPlan:
         return self.weights + self.cache + self.scratch
 
 
-def check(plan: MemoryPlan, available: int) -> None:
-    """NotEnoughMemory when `plan` takes more than `available` bytes."""
-    if plan.total <= available:
-        return
-    if plan.weights + plan.scratch < available:
-        room = available - plan.weights - plan.scratch
-        advice = (
-            f"a cache of {format_bytes(room)} would fit: "
-            "lower the context length or take a smaller kv_type"
+class NotEnoughMemory(MemoryError):
+    """What is planned does not fit; the message has the numbers and `advice`, what to do."""
+
+    def __init__(self, plan: MemoryPlan, available: int, advice: str) -> None:
+        super().__init__(
+            f"not enough memory: {format_bytes(plan.total)} needed "
+            f"(weights {format_bytes(plan.weights)}, cache {format_bytes(plan.cache)}, "
+            f"scratch {format_bytes(plan.scratch)}), {format_bytes(available)} available; {advice}"
         )
-    else:
-        advice = "take a smaller model, or one quantized to fewer bits, or free some memory"
-    message = (
-        f"not enough memory: {format_bytes(plan.total)} needed "
-        f"(weights {format_bytes(plan.weights)}, cache {format_bytes(plan.cache)}, "
-        f"scratch {format_bytes(plan.scratch)}), {format_bytes(available)} available; {advice}"
-    )
-    raise NotEnoughMemory(plan.total, available, message)
+        self.needed = plan.total
+        self.available = available
+
+
+def check(plan: MemoryPlan, available: int) -> None:
+    """NotEnoughMemory when `plan`, of one request, takes more than `available` bytes."""
+    if plan.total > available:
+        raise NotEnoughMemory(plan, available, "ask for less at once, or free some memory")
 
 
 def format_bytes(count: int) -> str:
@@ -260,7 +251,7 @@ def format_bytes(count: int) -> str:
 def memory_available(root: Path = ROOT) -> int:
     """Bytes this process can still take without swapping; pages of files count as free, since the
     kernel gives them up. On macOS all of the computer's memory, which tells no better."""
-    free = [_host_memory(root)]
+    free = [_host_memory(root, "MemAvailable")]
     for group in _control_groups(root, "memory"):
         limit = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
         used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
@@ -277,15 +268,27 @@ def memory_available(root: Path = ROOT) -> int:
     return max(0, min(free))
 
 
-def _host_memory(root: Path) -> int:
-    if found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.M):
+def memory_total(root: Path = ROOT) -> int:
+    """Bytes this process could have if nothing else ran here: the computer's, or those that its
+    control groups allow."""
+    sizes = [_host_memory(root, "MemTotal")]
+    for group in _control_groups(root, "memory"):
+        limit = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
+        if limit is not None and limit.strip() != "max":
+            sizes.append(int(limit))
+    return min(sizes)
+
+
+def _host_memory(root: Path, key: str) -> int:
+    """What Linux calls MemTotal or MemAvailable."""
+    if found := re.search(rf"^{key}:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.M):
         return int(found[1]) * 1024
     if sys.platform == "win32":
-        # MEMORYSTATUSEX: two 32-bit numbers, its own length first, then seven of 64 bits, of which
-        # the second is what is free.
+        # MEMORYSTATUSEX: two 32-bit numbers, its own length first, then seven of 64 bits: all of
+        # the memory, what of it is free, and more.
         status = (ctypes.c_uint64 * 8)(ctypes.sizeof(ctypes.c_uint64 * 8))
         ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
-        return status[2]
+        return status[2 if key == "MemAvailable" else 1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -368,3 +371,28 @@ def _user_cache() -> Path:
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local)
     return Path.home() / ".cache"
+
+
+def data_directory() -> Path:
+    """The user's directory for what this program keeps (models, conversations), made if need be.
+
+    OSError where it cannot be made or written. Directories made here are the user's alone.
+    """
+    try:
+        path = _user_data() / "cpuinfer"
+    except RuntimeError as error:  # there is no home directory
+        raise FileNotFoundError(errno.ENOENT, str(error), "~") from None
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+def _user_data() -> Path:
+    xdg = os.environ.get("XDG_DATA_HOME", "")
+    if os.path.isabs(xdg):  # others are to be ignored, as above
+        return Path(xdg)
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support"
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local)
+    return Path.home() / ".local/share"

@@ -21,7 +21,7 @@ def add_model(parser: argparse.ArgumentParser, without: str) -> None:
         metavar="MODEL",
         nargs="?",
         default=None,
-        help=f"a GGUF file; of a split model, any part (default: {without})",
+        help=f"a GGUF file (of a split model, any part) or a model by name (default: {without})",
     )
 
 
@@ -29,7 +29,17 @@ def add_loading(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
     group = parser.add_argument_group("the model in memory")
     add_context(group)
     add_threads(group)
+    add_overcommit(group)
     return group
+
+
+def add_overcommit(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--force",
+        dest="overcommit",
+        action="store_true",
+        help="load what does not fit into free memory as well, which may swap",
+    )
 
 
 def add_threads(group: argparse._ActionsContainer) -> None:

@@ -6,6 +6,7 @@ in LLM.
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -48,7 +49,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         )
         if name == chosen:
             add_options(command)
+            argv = _with_numbers(argv, command)
     return parser.parse_args(argv)
+
+
+def _with_numbers(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """`argv` with negative numbers joined to the options that they are values of: where an option
+    is called -1, as that of `chat`, argparse takes all of them for options."""
+    joined: list[str] = []
+    for word in argv:
+        option = parser._option_string_actions.get(joined[-1]) if joined else None
+        if re.fullmatch(r"-\.?\d.*", word) and option is not None and option.nargs is None:
+            joined[-1] += f"={word}" if joined[-1].startswith("--") else word
+        else:
+            joined.append(word)
+    return joined
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -96,4 +111,6 @@ def loading(arguments: argparse.Namespace) -> dict[str, Any]:
         "lora",
         "speculation",
     )
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    found = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    # The --force of other commands, which replaces a file, is no wish of the model's.
+    return found | ({"force": True} if hasattr(arguments, "overcommit") else {})

@@ -18,10 +18,12 @@ is told by its checksum and costs no more than computing it.
 import hashlib
 import os
 import shutil
+import stat
 import struct
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +43,12 @@ BLOCK = 64
 MAGIC = b"CPUINFKV"
 #: Bytes kept if nothing else is said: 32,768 positions of a 7B model in half precision.
 LIMIT = 4 << 30
+#: Files kept: as many as are listed in some hundredths of a second.
+MOST_FILES = 8192
 
 _HEADER = struct.Struct("<8sII")
 _SAMPLE = 4096  # bytes of a tensor
+_STALE = 3600.0  # seconds after which a file that is being written is taken for left behind
 
 
 class _Damaged(ValueError):
@@ -63,13 +68,15 @@ def model_key(
 ) -> str:
     """A hash of all that keys and values depend on, but for the tokens.
 
-    Of each tensor a sample is read: a model trained further differs in all of them.
+    Of a file this is its size, its time of change, and a sample of each tensor: reading all of a
+    large one would take longer than the prompts that are spared.
     """
     digest = hashlib.sha256()
     for part in (__version__, jit.FINGERPRINT, config, kv_type, BLOCK):
         digest.update(f"{part}\0".encode())
     for source, scale in [(file, 1.0), *((adapter.file, adapter.scale) for adapter in adapters)]:
-        digest.update(f"{source.nbytes} {scale}\0".encode())
+        changed = sorted(path.stat().st_mtime_ns for path in source.paths)
+        digest.update(f"{source.nbytes} {changed} {scale}\0".encode())
         for tensor in source.tensors.values():
             data = tensor.data.reshape(-1)
             middle = len(data) // 2
@@ -91,6 +98,7 @@ class PrefixStore:
         self.directory = directory
         self.limit = limit
         self._notice = notice
+        self._room = -1  # bytes that may be written before the directory is looked through again
 
     def restore(
         self, model: str, ids: Sequence[int], cache: KVCache, window: int | None, held: int
@@ -100,56 +108,66 @@ class PrefixStore:
         `held` of them it holds already: where no more is known it stays as it is.  Positions that
         nothing sees any more under a sliding window need not be known.
         """
-        begin, parts = self._longest(model, ids, window)
-        end = begin + sum(part.n for part in parts)
-        if end <= held:
-            return held
-        cache.begin_at(begin)
-        for part in parts:
-            try:
-                cache.extend(_read(part, ids[cache.offset : cache.offset + part.n], cache))
-            except (OSError, _Damaged) as error:
-                with suppress(OSError):
-                    part.path.unlink()
-                self._notice(f"stored keys and values are computed again: {error}")
+        broken: set[Path] = set()
+        while True:
+            begin, parts = self._longest(model, ids, window, broken)
+            end = begin + sum(part.n for part in parts)
+            if end <= held:
+                return held
+            edge = held // BLOCK * BLOCK
+            if begin < edge and cache.first <= begin:  # only what is missing
+                cache.rewind(edge)
+                parts = parts[(edge - begin) // BLOCK :]
+            else:
+                cache.begin_at(begin)
+            for part in parts:
+                try:
+                    cache.extend(_read(part, ids[cache.offset : cache.offset + part.n], cache))
+                except (OSError, _Damaged) as error:
+                    broken.add(part.path)
+                    self._leave_out(part.path, error)
+                    held = cache.offset if cache.holds(cache.offset, window) else 0
+                    break
+            else:
+                _touch(part.path for part in parts)
+                return end
+            if not held:
                 cache.reset()
-                return self.restore(model, ids, cache, window, 0)
-        _touch(part.path for part in parts)
-        return end
 
     def keep(self, model: str, ids: Sequence[int], cache: KVCache) -> None:
         """Store the keys and values of `ids` that `cache` holds; OSError where it cannot be done.
 
-        Of a cache that forgets, the store has all if it is called once in a while: after each
-        reply.
+        Of what takes more than there may be, the beginning is stored.
         """
-        directory = self.directory / model
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        children = self._children(model)
-        names = _names(model, ids)
-        kept = []
+        (self.directory / model).mkdir(mode=0o700, parents=True, exist_ok=True)
+        names, children = _names(model, ids), self._children(model)
+        blocks: list[Path] = []
+        missing: dict[Path, int] = {}  # where they begin
         for start in range(-(-cache.first // BLOCK) * BLOCK, len(ids), BLOCK):
             some, parent = ids[start : start + BLOCK], names[start // BLOCK]
-            siblings = children.get(parent, [])
-            like = _likest(siblings, some)
-            if like is not None and like.n == len(some):
-                kept.append(like.path)
-                continue
             path = self._path(model, parent, _next_name(parent, some))
+            like = _likest(children.get(parent, []), some)
+            if like is None or like.n < len(some):
+                missing[path] = start
+                blocks.append(path)
+            else:
+                blocks.append(like.path)
+        nbytes = cache.nbytes // cache.capacity * BLOCK
+        room = self._make_room(len(missing) * nbytes, blocks)
+        for path, start in list(missing.items())[: room // nbytes]:
+            some = ids[start : start + BLOCK]
             _write(path, some, cache.read(start, start + len(some)))
-            kept.append(path)
-            for sibling in siblings:  # what this block begins with is in it
-                if sibling != path and list(some[: len(shorter := _tokens(sibling))]) == shorter:
-                    sibling.unlink(missing_ok=True)
-        _touch(kept)
-        self._evict()
+            for sibling in children.get(names[start // BLOCK], []):
+                if list(some[: len(shorter := _tokens(sibling))]) == shorter and sibling != path:
+                    sibling.unlink(missing_ok=True)  # what it holds is in this block
+        _touch(blocks)
 
     def _longest(
-        self, model: str, ids: Sequence[int], window: int | None
+        self, model: str, ids: Sequence[int], window: int | None, broken: Collection[Path]
     ) -> tuple[int, list[_Part]]:
         """Where to begin, and the parts that follow each other from there: those that the token
         behind them sees."""
-        names, children = _names(model, ids), self._children(model)
+        names, children = _names(model, ids), self._children(model, broken)
         for block in reversed(range(len(names))):
             tail = _likest(children.get(names[block], []), ids[block * BLOCK :][:BLOCK])
             if tail is None:
@@ -161,30 +179,60 @@ class PrefixStore:
                 return first * BLOCK, [*(_Part(path, BLOCK) for path in paths), tail]
         return 0, []
 
-    def _children(self, model: str) -> dict[str, list[Path]]:
+    def _children(self, model: str, but: Collection[Path] = ()) -> dict[str, list[Path]]:
         """The files of a model by the first part of their names."""
         children: dict[str, list[Path]] = {}
         for path in (self.directory / model).glob("*.kv"):
-            children.setdefault(path.name.partition("-")[0], []).append(path)
+            if path not in but:
+                children.setdefault(path.name.partition("-")[0], []).append(path)
         return children
 
     def _path(self, model: str, parent: str, name: str) -> Path:
         return self.directory / model / f"{parent}-{name}.kv"
 
-    def _evict(self) -> None:
-        """Remove what was not used for longest; what a killed process left half-written, too."""
-        files = []
-        for path in self.directory.glob("*/*"):
-            with suppress(FileNotFoundError):  # another process removes files as well
-                status = path.stat()
-                files.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in files)
+    def _leave_out(self, path: Path, error: Exception) -> None:
+        if isinstance(error, FileNotFoundError):  # another process made room
+            return
+        with suppress(OSError):
+            path.unlink()
+        reason = error.strerror if isinstance(error, OSError) else error
+        self._notice(f"stored keys and values are computed again: {reason}")
+
+    def _make_room(self, nbytes: int, blocks: Sequence[Path]) -> int:
+        """Remove what was not used for longest, until there is room for `nbytes`, but for the
+        `blocks` of a text that is being stored; the bytes there is room for."""
+        if nbytes <= self._room:
+            self._room -= nbytes
+            return nbytes
+        files = self._files()
+        total, count = sum(size for _, size, _ in files), len(files)
         limit = min(self.limit, (total + shutil.disk_usage(self.directory).free) // 2)
-        for _, size, path in sorted(files):
-            if total <= limit:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+        sizes = {path: size for _, size, path in files}
+        others = [path for _, _, path in files if path not in set(blocks)]
+        own = [path for path in reversed(blocks) if path in sizes]
+        for path in [*others, *own]:
+            wanted = limit - nbytes if path not in own else limit
+            if total <= wanted and count < MOST_FILES:
+                continue
+            with suppress(OSError):
+                path.unlink()
+                total -= sizes[path]
+                count -= 1
+        room = max(0, limit - total)
+        self._room = min(max(0, room - nbytes), limit // 16)
+        return room
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """When they were used, bytes, and paths, the longest unused first; without those that are
+        just being written."""
+        found = []
+        for path in self.directory.glob("*/*"):
+            with suppress(OSError):  # another process removes files as well
+                status = path.stat()
+                written = path.name.startswith(".") and time.time() - status.st_mtime < _STALE
+                if stat.S_ISREG(status.st_mode) and not written:
+                    found.append((status.st_mtime_ns, status.st_size, path))
+        return sorted(found)
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -247,7 +295,7 @@ def _read(part: _Part, ids: Sequence[int], cache: KVCache) -> npt.NDArray[Any]:
 def _write(path: Path, ids: Sequence[int], rows: npt.NDArray[Any]) -> None:
     body = (_as_bytes(ids), rows.data.cast("B"))
     checksum = zlib.crc32(body[1], zlib.crc32(body[0]))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         with open(descriptor, "wb") as file:

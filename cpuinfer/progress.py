@@ -6,7 +6,7 @@ one thing said is that kernels are being compiled, since that takes longest and 
 
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 DELAY = 0.5  # seconds a stage lasts before it is shown
@@ -18,18 +18,22 @@ _OF_BYTES = {
     "join": "joining",
     "convert": "converting",
     "verify": "verifying",
+    "resume": "reading what is there",
+    "download": "downloading",
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`done` of `total` since `start`; `reported` is when that was said, in seconds as well."""
+    """`done` of `total` since `start`; `reported` is when that was said, in seconds as well.
+    `begun` were done at the start already."""
 
     name: str
     done: int
     total: int
     start: float
     reported: float
+    begun: int = field(default=0, kw_only=True)
 
     def line(self, now: float) -> str:
         """What a terminal shows at `now`."""
@@ -40,11 +44,13 @@ class Stage:
         if self.name in _OF_BYTES:
             share = 100 * self.done // max(1, self.total)
             line, unit, count = f"{_OF_BYTES[self.name]} {share} %", "MB/s", 1e6
+            if self.name == "download":
+                line += f", {self.done / count:.0f} of {self.total / count:.0f} MB"
         else:
             line, unit, count = f"reading {self.name} {self.done}/{self.total}", "tok/s", 1
-        if self.done == 0 or self.reported <= self.start:
+        if self.done == self.begun or self.reported <= self.start:
             return line
-        rate = self.done / (self.reported - self.start)
+        rate = (self.done - self.begun) / (self.reported - self.start)
         left = (self.total - self.done) / rate - (now - self.reported)
         return f"{line}  {rate / count:.1f} {unit}  ETA {_clock(left)}"
 
@@ -70,7 +76,7 @@ class Progress:
         now = time.monotonic()
         with self._lock:
             if self._stage is None or self._stage.name != name:
-                self._stage = Stage(name, done, total, now, now)
+                self._stage = Stage(name, done, total, now, now, begun=done)
             else:
                 self._stage = replace(self._stage, done=done, total=total, reported=now)
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from cpuinfer.sampling import SamplingParams
 from quant.partial_file import complete_or_absent
 
 _FORMAT = "cpuinfer session 1"
-_NAME = re.compile(r"[\w][\w.+-]{0,63}")
+_NAME = re.compile(r"\w[\w.+-]{0,47}")  # with what is put around it, 255 bytes at most
+_MOST_TOKENS = 1 << 31  # ids are less
 _TITLE = 60  # characters
 
 
@@ -43,24 +44,24 @@ class Session:
     unread: int
     summary: str | None
     ids: list[int]
+    tries: int
 
     def __post_init__(self) -> None:
-        """SessionError for what no conversation can be."""
-        roles = [message["role"] for message in self.messages]
+        """ValueError or TypeError for what no conversation can be."""
+        texts = (self.model, self.key, self.system or "", self.summary or "")
         sound = (
             self.format == _FORMAT
-            and all(isinstance(text, str) for text in (self.model, self.key, self.updated))
-            and all(isinstance(text, str | None) for text in (self.system, self.summary))
-            and roles == ["user", "assistant"] * (len(roles) // 2)
-            and all(isinstance(message["content"], str) for message in self.messages)
+            and _sound_messages(self.messages)
+            and all(text.encode() is not None for text in texts)
             and self.on_full in ON_FULL
-            and self.unread in range(0, len(roles) + 1, 2)
-            and all(type(token) is int for token in self.ids)
+            and type(self.unread) is type(self.tries) is int
+            and self.unread in range(0, len(self.messages) + 1, 2)
+            and all(type(token) is int and 0 <= token < _MOST_TOKENS for token in self.ids)
+            and datetime.fromisoformat(self.updated).tzinfo is not None
         )
         if not sound:
-            raise SessionError("it is not a session of this version")
+            raise ValueError
         SamplingParams(**self.params)
-        datetime.fromisoformat(self.updated)
 
     def restore(self, conversation: Conversation) -> None:
         """Put everything but the model into a conversation."""
@@ -71,6 +72,7 @@ class Session:
         conversation.messages = list(self.messages)
         conversation.unread = self.unread
         conversation.summary = self.summary
+        conversation.tries = self.tries
         if self.key == conversation.llm.key:
             conversation.ids = list(self.ids)
 
@@ -109,8 +111,9 @@ class Sessions:
             unread=conversation.unread,
             summary=conversation.summary,
             ids=conversation.ids,
+            tries=conversation.tries,
         )
-        data = json.dumps(asdict(session)).encode()
+        data = json.dumps(vars(session)).encode()
         with complete_or_absent(path, len(data)) as place:
             descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(descriptor, "wb") as file:
@@ -143,16 +146,16 @@ class Sessions:
     def entries(self) -> list[Entry]:
         """All sessions, the newest first."""
         found = []
-        for path in self.directory.glob("[!.]*.json"):
+        for name in self.names():
             try:
-                session = self.read(path.stem)
+                session = self.read(name)
             except SessionError as error:
                 self._notice(str(error))
                 continue
             first = session.messages[0]["content"] if session.messages else ""
             found.append(
                 Entry(
-                    name=path.stem,
+                    name=name,
                     model=Path(session.model).name,
                     updated=datetime.fromisoformat(session.updated),
                     messages=len(session.messages),
@@ -160,6 +163,10 @@ class Sessions:
                 )
             )
         return sorted(found, key=lambda entry: entry.updated, reverse=True)
+
+    def names(self) -> list[str]:
+        """Of all files that may be sessions."""
+        return [path.stem for path in sorted(self.directory.glob("[!.]*.json"))]
 
     def new_name(self) -> str:
         """A name that no session has, from the time."""
@@ -172,10 +179,18 @@ class Sessions:
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise SessionError(
-                f"{escape(name)} cannot name a session: letters, digits, _ . + - only, 64 at most"
+                f"{escape(name)} cannot name a session: letters, digits, _ . + - only, 48 at most"
             )
         return self.directory / f"{name}.json"
 
     def _known(self) -> str:
         names = [entry.name for entry in self.entries()[:5]]
         return f"there are {', '.join(names)}" if names else "none has been saved yet"
+
+
+def _sound_messages(messages: list[dict[str, str]]) -> bool:
+    """Whether these are turns of texts, each with something in it."""
+    roles = [message["role"] for message in messages]
+    return roles == ["user", "assistant"] * (len(roles) // 2) and all(
+        message["content"].encode() and len(message) == 2 for message in messages
+    )

@@ -1,5 +1,6 @@
 """Running commands in tests, in this process or in a child, and variants of the bundled model."""
 
+import io
 import os
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def warm() -> None:
     """Compile the kernels of the bundled model now: a command that has to says so."""
     with LLM(DEMO):
         pass
+
+
+class Stdin(io.TextIOWrapper):
+    """Standard input with these bytes, from a terminal or not."""
+
+    def __init__(self, data: bytes = b"", terminal: bool = False) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> Result:

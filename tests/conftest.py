@@ -1,9 +1,12 @@
 """What several test files share: the shared test material, random blocks, tiny Llama models."""
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Before the libraries that read them are loaded: on cores that others use too, threads that spin
@@ -12,6 +15,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "3")
+# No test may see or leave anything among the user's own models and conversations.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="cpuinfer-tests-")
 
 import gguf
 import numpy as np
@@ -27,6 +32,8 @@ from tools import random_model
 
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
 
 #: Test material made by others; it lies beside the repository, not in it.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

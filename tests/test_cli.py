@@ -61,14 +61,14 @@ def assert_refused(result: object, code: int, *words: str) -> None:
         ("generate -p x --context-length 1", ["context_length", "1"]),
         ("generate -p x --context-length 2049", ["context_length", "2049", "2048"]),
         ("chat --template no-such-template", ["no-such-template"]),
-        ("inspect", ["FILE"]),
+        ("inspect", ["MODEL"]),
         ("warmup --kv-type f8", ["f8"]),
     ],
 )
 def test_wrong_usage(
     argv: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cpuinfer.commands.read_prompt", lambda path: "Hello")
+    monkeypatch.setattr("cpuinfer.chat_command.read_prompt", lambda path: "Hello")
     assert_refused(run(capsys, *argv.split()), 2, *words)
 
 

@@ -1,28 +1,14 @@
 """What the commands print when all goes well."""
 
-import io
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from command import DEMO, PROMPT, Result, run, variant
+from command import DEMO, PROMPT, Result, Stdin, run
 
 from cpuinfer import LLM, machine
 from cpuinfer.kernels import jit
-
-STORY = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-
-
-class Stdin(io.TextIOWrapper):
-    """Standard input with these bytes, from a terminal or not."""
-
-    def __init__(self, data: bytes = b"", terminal: bool = False) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._terminal = terminal
-
-    def isatty(self) -> bool:
-        return self._terminal
 
 
 @pytest.fixture(scope="module")
@@ -157,77 +143,8 @@ def test_what_is_odd_is_a_warning(
     total = json.loads(full.out)["memory"]["total"]
     monkeypatch.setattr(machine, "memory_available", lambda: total - 1000)
     result = run(capsys, "generate", "-p", "x", "-n", "2", "--sliding-window", "off")
-    assert result.code == 0 and result.err.startswith("cpuinfer: warning: the context is 1024")
+    assert result.code == 0 and result.err.startswith("cpuinfer: warning: the context is 1792")
     assert run(capsys, "generate", "-p", "x", "-n", "2").err == ""
-
-
-# chat
-
-
-def test_what_is_piped_into_chat_is_one_message(
-    llm: LLM,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    template = tmp_path / "story.jinja"
-    template.write_text(STORY)
-    monkeypatch.setattr(sys, "stdin", Stdin(b"Tom was\nsad.\n"))
-    argv = ["--template", template, "--system", "A story.", "-n", "9", "--seed", "3"]
-    result = run(capsys, "chat", *argv)
-    told = LLM(DEMO, template=str(template))
-    messages = [
-        {"role": "system", "content": "A story."},
-        {"role": "user", "content": "Tom was\nsad."},
-    ]
-    assert result == Result(0, told.chat(messages, max_tokens=9, seed=3).text + "\n", "")
-
-
-def test_a_chat_in_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    template = tmp_path / "story.jinja"
-    template.write_text(STORY)
-    monkeypatch.setattr(sys, "stdin", Stdin(terminal=True))
-    lines = iter(["Tom was sad.", "  ", "Then"])
-    monkeypatch.setattr("builtins.input", lambda *_: next(lines, None) or end())
-
-    def end() -> str:
-        raise EOFError
-
-    result = run(capsys, "chat", "--template", template, "-n", "5", "--seed", "3")
-    told = LLM(DEMO, template=str(template))
-    messages = [{"role": "user", "content": "Tom was sad."}]
-    first = told.chat(messages, max_tokens=5, seed=3).text
-    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "Then"}]
-    second = told.chat(messages, max_tokens=5, seed=3).text
-    assert result.code == 0
-    assert result.out == f"{first}\n{second}\n\n"
-    assert result.err.startswith("cpuinfer: demo.gguf: context 2048, a window of 128, cache ")
-
-
-def test_leaving_a_chat_with_ctrl_c(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    template = tmp_path / "story.jinja"
-    template.write_text(STORY)
-
-    def interrupted(*_: str) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "stdin", Stdin(terminal=True))
-    monkeypatch.setattr("builtins.input", interrupted)
-    assert run(capsys, "chat", "--template", template).code == 130
-
-
-def test_a_model_without_a_template_is_known_before_the_first_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = variant(tmp_path / "plain.gguf", {"tokenizer.chat_template": None})
-    monkeypatch.setattr(sys, "stdin", Stdin(terminal=True))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for a message"))
-    result = run(capsys, "chat", path)
-    assert (result.code, result.out) == (2, "") and "plain.gguf has no chat template" in result.err
 
 
 # warmup

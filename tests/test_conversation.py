@@ -20,6 +20,7 @@ class Scripted:
     """
 
     config = SimpleNamespace(context_length=100_000)
+    tokenizer = SimpleNamespace(encode=lambda text, add_bos: list(map(ord, text)))
 
     def __init__(self, *replies: Sequence[str | None], room: int | None = None) -> None:
         self._replies = iter(replies)
@@ -33,12 +34,10 @@ class Scripted:
     ) -> list[int]:
         return [ord(c) for c in "|".join(str(m["content"]) for m in messages) + ">"]
 
-    def stream_reply(
-        self, prompt: Sequence[int], said: Sequence[int] = (), **params: Any
-    ) -> Stream:
-        self.asked.append("".join(map(chr, [*prompt, *said])))
+    def stream_reply(self, prompt: Sequence[int], **params: Any) -> Stream:
+        self.asked.append("".join(map(chr, prompt)))
         self.params.append(params)
-        return Stream(self._chunks(len(prompt) + len(said), params["max_tokens"]))
+        return Stream(self._chunks(len(prompt), params["max_tokens"]))
 
     def _chunks(self, before: int, most: int) -> Iterator[Chunk]:
         written, reason = 0, "stop"
@@ -83,7 +82,7 @@ def test_replies_are_remembered() -> None:
     assert "".join(told.say("And?")) == "Yes."
     assert llm.asked == ["Be brief.|Hello>", "Be brief.|Hello|Good day.|And?>"]
     assert said(told) == ["Hello", "Good day.", "And?", "Yes."]
-    assert told.used() == len("Be brief.|Hello|Good day.|And?|Yes.>")
+    assert told.used() == len("Be brief.|Hello|Good day.|And?>" + "Yes.")
 
 
 def test_an_interrupted_reply_is_kept_as_far_as_it_went() -> None:
@@ -174,17 +173,56 @@ def test_shift_leaves_the_oldest_out_and_says_so() -> None:
     assert told.unread == 2
 
 
-def test_shift_in_the_middle_of_a_reply_goes_on_with_it() -> None:
-    notices: list[str] = []
-    llm = Scripted(["1" * 30], ["2" * 90], ["3" * 50, "4"], room=160)
+def shifted(*replies: Sequence[str | None], notices: list[str]) -> tuple[Scripted, Conversation]:
+    """Two exchanges, after which the next message leaves both out."""
+    llm = Scripted(["1" * 30], ["2" * 30], *replies, room=160)
     told = conversation(llm, None, "shift", notices=notices)
     list(told.say("a" * 20))
-    reply = "".join(told.say("b" * 20))
-    written = 160 - len("a" * 20 + "1" * 30 + "b" * 20) - 3
-    assert llm.asked[-1] == "b" * 20 + ">" + "2" * written
-    assert reply == "2" * written + "3" * 50 + "4"
-    assert said(told)[-1] == reply
-    assert told.undo() == "b" * 20
+    list(told.say("b" * 20))
+    return llm, told
+
+
+def test_an_interrupted_message_leaves_nothing_out() -> None:
+    llm, told = shifted([None], ["3"], notices=[])
+    with pytest.raises(KeyboardInterrupt):
+        list(told.say("c" * 70))
+    assert told.unread == 0
+    list(told.say("d"))
+    assert llm.asked[-1].startswith("a" * 20)
+
+
+def test_retry_reads_what_the_reply_before_it_read() -> None:
+    notices: list[str] = []
+    llm, told = shifted(["3"], ["4"], [None], ["5"], notices=notices)
+    list(told.say("c" * 70))
+    assert (told.unread, notices) == (4, [notices[0]])
+    list(told.retry())
+    assert (told.unread, said(told)[-2:]) == (4, ["c" * 70, "4"])
+    assert llm.asked[-1] == llm.asked[-2] == "c" * 70 + ">"
+    with pytest.raises(KeyboardInterrupt):
+        list(told.retry())
+    assert (told.unread, said(told)[-1]) == (4, "4")
+    list(told.say("d"))
+    assert llm.asked[-1] == "c" * 70 + "|4|d>"
+
+
+def test_undo_of_what_left_the_rest_out_brings_it_back() -> None:
+    llm, told = shifted(["3"], ["4"], notices=[])
+    list(told.say("c" * 70))
+    assert told.undo() == "c" * 70
+    list(told.say("d"))
+    assert llm.asked[-1] == "a" * 20 + "|" + "1" * 30 + "|" + "b" * 20 + "|" + "2" * 30 + "|d>"
+    for _ in range(3):
+        told.undo()
+    assert (told.unread, told.messages) == (0, [])
+
+
+def test_a_seed_may_be_none() -> None:
+    llm = Scripted(["One."], ["Two."])
+    told = conversation(llm, params={"seed": None})
+    list(told.say("Hello"))
+    list(told.retry())
+    assert [params["seed"] for params in llm.params] == [None, None]
 
 
 def test_a_message_too_long_for_any_shift_is_refused() -> None:
@@ -242,3 +280,50 @@ def test_an_interrupted_summary_changes_nothing() -> None:
     with pytest.raises(KeyboardInterrupt):
         list(told.say("c" * 20))
     assert (told.unread, told.summary, len(said(told))) == (0, None, 4)
+
+
+def test_a_summary_of_nothing_is_not_asked_for() -> None:
+    """The only exchange there is does not fit behind the question for a summary."""
+    notices: list[str] = []
+    llm = Scripted(["1" * 420], ["2"], room=600)
+    told = conversation(llm, None, "summarize", notices=notices)
+    list(told.say("a" * 100))
+    list(told.say("b"))
+    assert llm.asked[-1] == "b>"
+    assert notices[-1] == (
+        "the context is full: 2 earlier messages are not read by the model any more"
+    )
+
+
+def test_an_empty_summary_leaves_the_one_there_is() -> None:
+    notices: list[str] = []
+    llm = Scripted(["1" * 400], [" "], ["2" * 9], room=600)
+    told = conversation(llm, None, "summarize", notices=notices)
+    told.summary = "Old times."
+    list(told.say("a" * 10))
+    list(told.say("b" * 100))
+    assert llm.asked[-1] == "Summary of our conversation so far: Old times.|" + "b" * 100 + ">"
+    assert notices[-1] == "instead of 2 earlier messages the model reads: Old times."
+
+
+def test_what_has_no_room_beside_a_summary_is_read_without_one() -> None:
+    notices: list[str] = []
+    llm = Scripted(["1" * 100], ["2" * 9], room=600)
+    told = conversation(llm, None, "summarize", notices=notices)
+    list(told.say("a" * 10))
+    list(told.say("b" * 540))
+    assert llm.asked[-1] == "b" * 540 + ">"
+    assert "not read by the model" in notices[-1]
+
+
+def test_undoing_everything_forgets_the_summary() -> None:
+    notices: list[str] = []
+    llm = Scripted(["1" * 60], ["2" * 60], ["Sum."], ["3"], ["4"], room=600)
+    told = conversation(llm, None, "summarize", notices=notices)
+    for text in ("a" * 100, "b" * 100, "c" * 160):
+        list(told.say(text))
+    assert told.summary == "Sum."
+    for _ in range(3):
+        told.undo()
+    list(told.say("Again"))
+    assert llm.asked[-1] == "Again>"

@@ -55,6 +55,13 @@ def test_every_parameter_has_an_option() -> None:
     }
 
 
+def test_force_is_of_the_memory_where_nothing_is_replaced() -> None:
+    for line in ("generate --force", "bench --force", "perplexity -f x --force"):
+        assert options.loading(options.parse(line.split()))["force"] is True, line
+    replaced = options.parse(["imatrix", "-f", "x", "--force"])
+    assert "force" not in options.loading(replaced) and replaced.force
+
+
 @pytest.mark.parametrize("window", ["auto", "off"])
 def test_words_for_the_window(window: str) -> None:
     arguments = options.parse(["inspect", "m.gguf", "--sliding-window", window])

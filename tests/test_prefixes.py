@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cpuinfer import prefixes
 from cpuinfer.cache import KVCache
 from cpuinfer.llm import LLM
 from cpuinfer.prefixes import BLOCK, PrefixStore
@@ -186,12 +187,11 @@ def test_of_a_text_the_end_goes_first(tmp_path: Path) -> None:
 
 def test_half_of_the_disk_is_left_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = text(4 * BLOCK)
-    store = PrefixStore(tmp_path)
-    store.keep("model", ids, filled(ids))
+    PrefixStore(tmp_path).keep("model", ids, filled(ids))
     size = sum(path.stat().st_size for path in tmp_path.glob("*/*"))
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(size // 2))
-    store.keep("model", ids, filled(ids))
+    PrefixStore(tmp_path).keep("model", ids, filled(ids))
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= 0.75 * size
 
 
@@ -213,6 +213,147 @@ def test_a_failed_write_leaves_nothing(store: PrefixStore, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space left"):
         store.keep("model", ids, filled(ids))
     assert not list(store.directory.glob("*/*"))
+
+
+def test_a_text_larger_than_the_limit_is_not_written_again_and_again(tmp_path: Path) -> None:
+    """Its beginning is kept, whatever it grows to."""
+    ids = text(9 * BLOCK)
+    block = 2 * 2 * 3 * 16 * 2 * BLOCK + 16 + 4 * BLOCK
+    store = PrefixStore(tmp_path, limit=4 * block)
+    store.keep("model", ids[: 6 * BLOCK], filled(ids[: 6 * BLOCK]))
+    before = {path: path.stat().st_ino for path in tmp_path.glob("*/*")}
+    assert len(before) == 4
+    store.keep("model", ids, filled(ids))
+    assert {path: path.stat().st_ino for path in tmp_path.glob("*/*")} == before
+    assert store.restore("model", ids, filled([]), None, 0) == 4 * BLOCK
+
+
+def test_room_is_made_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text(2 * BLOCK, seed) for seed in range(2)]
+    PrefixStore(tmp_path).keep("model", texts[0], filled(texts[0]))
+    size = sum(path.stat().st_size for path in tmp_path.glob("*/*"))
+    write, totals = os.replace, []
+
+    def watched(source: Path, target: Path) -> None:
+        write(source, target)
+        totals.append(sum(path.stat().st_size for path in tmp_path.glob("*/*")))
+
+    monkeypatch.setattr(os, "replace", watched)
+    PrefixStore(tmp_path, limit=size).keep("model", texts[1], filled(texts[1]))
+    assert len(totals) == 2
+    assert max(totals) <= size
+
+
+def test_only_so_many_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "MOST_FILES", 5)
+    for seed in range(9):
+        ids = text(10, seed)
+        PrefixStore(tmp_path).keep("model", ids, filled(ids))
+    assert len(list(tmp_path.glob("*/*"))) <= 6
+    assert store_finds(tmp_path, text(10, 8)) == 10
+
+
+def store_finds(directory: Path, ids: Sequence[int]) -> int:
+    return PrefixStore(directory).restore("model", ids, filled([]), None, 0)
+
+
+def test_what_another_process_is_writing_is_spared(tmp_path: Path) -> None:
+    ids = text(BLOCK)
+    store = PrefixStore(tmp_path, limit=0)
+    (tmp_path / "model").mkdir(parents=True)
+    fresh, old = tmp_path / "model/.a.kv.1", tmp_path / "model/.b.kv.2"
+    (tmp_path / "model/directory").mkdir()
+    for path in (fresh, old):
+        path.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    store.keep("model", ids, filled(ids))
+    assert {path.name for path in tmp_path.glob("*/*")} == {".a.kv.1", "directory"}
+
+
+def test_a_block_that_was_removed_meanwhile_is_not_worth_a_word(
+    store: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = text(2 * BLOCK)
+    store.keep("model", ids, filled(ids))
+    read = Path.read_bytes
+
+    def gone(path: Path) -> bytes:
+        path.unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    cache = filled(text(9, 1))
+    assert store.restore("model", ids, cache, None, 0) == 0
+    assert (cache.first, cache.offset) == (0, 0)
+
+
+def test_a_damaged_block_that_cannot_be_removed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notices: list[str] = []
+    store = PrefixStore(tmp_path, notice=notices.append)
+    ids = text(3 * BLOCK)
+    store.keep("model", ids, filled(ids))
+    second = _in_order(tmp_path, ids)[1]
+    second.write_bytes(second.read_bytes()[:-1])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    cache = filled([])
+    assert store.restore("model", ids, cache, None, 0) == BLOCK
+    assert len(notices) == 1
+    assert_holds(cache, ids[:BLOCK])
+
+
+def test_only_what_is_missing_is_read(store: PrefixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = text(4 * BLOCK + 9)
+    store.keep("model", ids, filled(ids))
+    read: list[Path] = []
+    whole = Path.read_bytes
+
+    def watched(path: Path) -> bytes:
+        read.append(path)
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", watched)
+    cache = filled(ids[: 3 * BLOCK + 5])
+    assert store.restore("model", ids, cache, None, 3 * BLOCK + 5) == len(ids)
+    assert_holds(cache, ids)
+    assert len(read) == 2
+
+
+def test_damage_costs_no_more_than_the_block(tmp_path: Path) -> None:
+    store = PrefixStore(tmp_path, notice=lambda _: None)
+    ids = text(4 * BLOCK)
+    store.keep("model", ids, filled(ids))
+    last = _in_order(tmp_path, ids)[3]
+    last.write_bytes(b"")
+    third = _in_order(tmp_path, ids)[2]
+    third.write_bytes(third.read_bytes()[:-1])
+    cache = filled(ids[:100])
+    assert store.restore("model", ids, cache, None, 100) == 2 * BLOCK
+    assert_holds(cache, ids[: 2 * BLOCK])
+
+
+def test_a_file_of_another_text_is_told_by_its_tokens(tmp_path: Path) -> None:
+    """As if two texts had the same hash."""
+    notices: list[str] = []
+    store = PrefixStore(tmp_path, notice=notices.append)
+    one, other = text(2 * BLOCK), text(2 * BLOCK, 1)
+    for ids in (one, other):
+        store.keep("model", ids, filled(ids))
+    _in_order(tmp_path, one)[0].write_bytes(_in_order(tmp_path, other)[0].read_bytes())
+    assert store.restore("model", one, filled([]), None, 0) == 0
+    assert "another text" in notices[0]
+
+
+def _in_order(directory: Path, ids: Sequence[int]) -> list[Path]:
+    """The files of whole blocks of a text."""
+    names = prefixes._names("model", ids)
+    pairs = zip(names, names[1:], strict=False)
+    return [directory / "model" / f"{parent}-{name}.kv" for parent, name in pairs]
 
 
 # With a model
@@ -255,6 +396,19 @@ def test_other_keys_and_values_are_not_taken(tmp_path: Path, other: dict[str, ob
         llm.remember()
     with LLM(DEMO, prefixes=PrefixStore(tmp_path), **other) as llm:
         assert llm.generate(ids, max_tokens=1).cached_tokens == 0
+
+
+def test_a_file_that_has_changed_is_another_model(tmp_path: Path) -> None:
+    """Whatever has changed in it: not all of it is read for this."""
+    changed = bytearray(DEMO.read_bytes())
+    path = tmp_path / "model.gguf"
+    path.write_bytes(changed)
+    with LLM(path) as before:
+        key = before.key
+    changed[-1] ^= 1
+    os.utime(path, (1, 1))
+    with LLM(path) as after:
+        assert after.key != key
 
 
 def test_a_model_trained_further_is_another_one(tmp_path: Path) -> None:

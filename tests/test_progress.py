@@ -69,6 +69,12 @@ def until(condition: Callable[[], bool]) -> None:
             103.0,
             "quantizing 75 %  30.0 MB/s  ETA 0:30",
         ),
+        # 0.5 GB of 4 in 50 s are 10 MB/s, since 1 GB was there before.
+        (
+            Stage("download", 1_500_000_000, 4 * 10**9, 0.0, 50.0, begun=10**9),
+            60.0,
+            "downloading 37 %, 1500 of 4000 MB  10.0 MB/s  ETA 4:00",
+        ),
         (
             Stage("prompt", 9, 10, 0.0, 9.0),
             99.0,
@@ -103,6 +109,17 @@ def test_a_thread_draws_while_the_work_is_done(monkeypatch: pytest.MonkeyPatch) 
             until(lambda done=done: f"{done + 1}/9" in terminal.screen())
         assert terminal.screen() == ""
     assert threading.active_count() == threads
+
+
+def test_the_rate_is_that_of_what_was_done_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    clock = iter([100.0, 101.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 101.0))
+    terminal = Terminal()
+    with Progress(terminal) as shown:
+        shown("download", 3 * 10**9, 4 * 10**9)
+        shown("download", 3_100_000_000, 4 * 10**9)
+        until(lambda: "100.0 MB/s  ETA 0:09" in terminal.screen())
 
 
 def test_an_error_ends_it_and_erases_the_line(monkeypatch: pytest.MonkeyPatch) -> None:

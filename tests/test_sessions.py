@@ -30,7 +30,7 @@ def told() -> Conversation:
         {"role": "user", "content": "Hello,\n wörld \u2028!"},
         {"role": "assistant", "content": "Good day."},
     ] * 2
-    made.unread, made.summary, made.ids = 2, "greetings", [1, 5, 9]
+    made.unread, made.summary, made.ids, made.tries = 2, "greetings", [1, 5, 9], 3
     return made
 
 
@@ -74,12 +74,15 @@ def test_a_new_name_is_free(sessions: Sessions) -> None:
     assert len(names) == 3
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "-x", "a" * 65, "a\n", "a b"])
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "-x", "a" * 49, "a\n", "a b"])
 def test_names_that_cannot_be(sessions: Sessions, name: str) -> None:
     with pytest.raises(SessionError, match="cannot name a session"):
         sessions.save(name, told())
     with pytest.raises(SessionError, match="cannot name a session"):
         sessions.read(name)
+
+
+TWO = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def changed(**fields: Any) -> bytes:
@@ -92,10 +95,11 @@ def changed(**fields: Any) -> bytes:
         "system": None,
         "params": {},
         "on_full": "stop",
-        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "messages": TWO,
         "unread": 0,
         "summary": None,
         "ids": [1],
+        "tries": 0,
     }
     return json.dumps(sound | fields).encode()
 
@@ -125,6 +129,14 @@ def test_a_sound_file_is_read(sessions: Sessions) -> None:
         changed(unread=1),
         changed(unread=4),
         changed(unread="0"),
+        changed(unread=2.0),
+        changed(tries=None),
+        changed(updated="2026-01-02T03:04:05"),
+        changed(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]),
+        changed(messages=[{"role": "user", "content": "\ud800"}] + TWO[1:]),
+        changed(messages=[TWO[0], TWO[1] | {"tool_calls": []}]),
+        changed(ids=[-5]),
+        changed(ids=[10**20]),
         changed(ids=["1"]),
         changed(ids=[1.5]),
         changed(ids=None),
@@ -151,6 +163,12 @@ def test_a_damaged_or_foreign_file_is_left_out_with_one_line(tmp_path: Path, dat
     with pytest.raises(SessionError, match="bad.json"):
         sessions.load("bad", back)
     assert vars(back) | {"llm": 0, "notice": 0} == vars(told()) | {"llm": 0, "notice": 0}
+
+
+def test_the_longest_name_can_be_written(sessions: Sessions) -> None:
+    name = "\U00020000" * 48  # letters of four bytes
+    sessions.save(name, told())
+    assert sessions.names() == [name]
 
 
 def test_an_unknown_name_says_what_there_is(sessions: Sessions) -> None:

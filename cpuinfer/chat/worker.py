@@ -56,7 +56,7 @@ class Worker:
             if self._exchange(process, b"", START_SECONDS) != b"ready\n":
                 raise ChatTemplateError(f"{self._origin}: cannot start Python with jinja2")
             self._ask(process, {"template": self._template})
-        except ChatTemplateError:
+        except BaseException:  # Ctrl-C too: it would pass for one that has its template
             self._stop()
             raise
         return process
@@ -83,8 +83,8 @@ class Worker:
             process.kill()
 
         timer = threading.Timer(seconds, kill)
-        timer.start()
         try:
+            timer.start()
             process.stdin.write(request)
             process.stdin.flush()
             reply = process.stdout.readline(MAX_REPLY)
