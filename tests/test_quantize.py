@@ -572,7 +572,7 @@ def test_an_output_that_cannot_be_made(
         ("MODEL OUT Q4_0 --tensor-type attn_v", 2, "invalid PATTERN=TYPE value: 'attn_v'"),
         ("MODEL OUT Q4_0 --threads 0", 2, "--threads 0: at least 1"),
         ("MODEL OUT Q4_0 --imatrix missing", 66, "missing: No such file"),
-        ("missing OUT Q4_0", 66, "missing: No such file"),
+        ("missing OUT Q4_0", 66, "missing: no such file or model"),
         (f"{__file__} OUT Q4_0", 65, "magic"),
     ],
 )
