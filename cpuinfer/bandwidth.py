@@ -5,12 +5,11 @@ is damaged or cannot be written it is measured again, which takes about a second
 """
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from cpuinfer import machine
-from quant.partial_file import complete_or_absent
+from quant.partial_file import write_private
 
 _Kept = dict[str, dict[str, float]]
 
@@ -30,7 +29,7 @@ def measured(threads: int) -> float:
         kept = _read(path)
         kept.setdefault(machine.cpu_model(), {})[str(threads)] = round(gbs, 2)
         with suppress(OSError):  # then it is measured again
-            _write(path, kept)
+            write_private(path, json.dumps(kept).encode())
     return gbs
 
 
@@ -53,11 +52,3 @@ def _read(path: Path) -> _Kept:
 
 def _is_gbs(value: object) -> bool:
     return isinstance(value, int | float) and 0 < value < 100_000
-
-
-def _write(path: Path, kept: _Kept) -> None:
-    text = json.dumps(kept).encode()
-    with complete_or_absent(path, len(text)) as place:
-        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(text)

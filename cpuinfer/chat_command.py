@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpuinfer import options
-from cpuinfer.console import load, note, read_prompt, utf8
+from cpuinfer.console import load, note, prefix_store, read_prompt, utf8
 from cpuinfer.progress import Progress
 from cpuinfer.terminal.reader import can_prompt, reader
 from cpuinfer.terminal.screen import MarkdownScreen, RawScreen
@@ -20,7 +20,6 @@ from cpuinfer.terminal.talk import Talk
 
 if TYPE_CHECKING:
     from cpuinfer.llm import LLM
-    from cpuinfer.prefixes import PrefixStore
     from cpuinfer.sessions import Sessions
     from cpuinfer.terminal.loop import Chat
 
@@ -72,7 +71,8 @@ def _talk(arguments: Namespace) -> None:
 
         from cpuinfer.terminal import report, slash
 
-        talk.tell(report.model(told.conversation.llm))
+        llm = told.conversation.llm
+        talk.tell(f"{report.setup(llm)}, template: {report.template(llm)}")
         if told.name is not None:
             slash.resumed(told)
         talk.tell("/help for commands")
@@ -84,7 +84,7 @@ def _opened(arguments: Namespace, talk: Talk, progress: Progress, data: Path | N
     with progress:
         sessions = _sessions(data, talk)
         name = _resumed(arguments, sessions)
-    llm = load(arguments, progress, _prefixes(arguments, talk))
+    llm = load(arguments, progress, None if arguments.no_save else prefix_store(talk.tell))
     return _chat(arguments, llm, talk, sessions, name)
 
 
@@ -142,17 +142,6 @@ def _resumed(arguments: Namespace, sessions: "Sessions | None") -> str | None:
     if arguments.model is None:
         arguments.model = session.model
     return name
-
-
-def _prefixes(arguments: Namespace, talk: Talk) -> "PrefixStore | None":
-    """The keys and values of earlier conversations."""
-    from cpuinfer import machine
-    from cpuinfer.prefixes import PrefixStore
-
-    directory = machine.cache_directory().path
-    if arguments.no_save or directory is None:
-        return None
-    return PrefixStore(directory / "prefixes", notice=talk.tell)
 
 
 def _import_markdown(raw: bool) -> None:

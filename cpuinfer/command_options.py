@@ -58,6 +58,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --json: log-probabilities of each token and of the N likeliest",
     )
+    output.add_argument(
+        "--save",
+        action="store_true",
+        default=False,
+        help="keep the keys and values of the text on disk, and take those of texts that begin "
+        "alike, as chat does",
+    )
     add_stats(output)
 
 

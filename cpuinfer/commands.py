@@ -20,6 +20,7 @@ from cpuinfer.console import (
     note,
     open_model,
     plotter,
+    prefix_store,
     print_json,
     read_prompt,
     utf8,
@@ -38,14 +39,16 @@ _COMMON_TYPES = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16")
 
 def generate(arguments: Namespace) -> None:
     """Continue a text."""
+    from cpuinfer.terminal import report
+
     params = options.sampling(arguments)
     if "logprobs" in params and not arguments.json:
         raise ValueError("--logprobs is of use with --json only")
     prompt = _prompt(arguments)
     progress = Progress(sys.stderr)
-    llm = load(arguments, progress)
+    llm = load(arguments, progress, prefix_store(note) if arguments.save else None)
     if sys.stderr.isatty() and not arguments.stats:
-        note(_setup(llm))
+        note(report.setup(llm))
     with closing(llm.stream(prompt, **params)) as stream:
         with progress:
             first = next(stream)
@@ -55,6 +58,7 @@ def generate(arguments: Namespace) -> None:
                 pass
         else:
             _stream(itertools.chain([prompt], pieces))
+    llm.remember()
     completion = stream.completion
     assert completion is not None
     if arguments.json:
@@ -183,21 +187,10 @@ def _prompt(arguments: Namespace) -> str:
     raise ValueError("no prompt: give -p TEXT, -f FILE, or pipe a text in")
 
 
-def _setup(llm: "LLM") -> str:
-    """The model, its context and its memory in one line."""
-    from cpuinfer import machine
-    from cpuinfer.plan import memory_plan
-
-    window = llm.config.sliding_window
-    seen = "no window" if window is None else f"a window of {window}"
-    plan = memory_plan(llm.file, llm.config, llm.kv_type, llm.context_length)
-    cache = machine.format_bytes(plan.cache)
-    return f"{llm.path.name}: context {llm.context_length}, {seen}, cache {cache} ({llm.kv_type})"
-
-
 def _stats(llm: "LLM", completion: "Completion") -> Iterator[str]:
     from cpuinfer import machine
     from cpuinfer.cost import bytes_per_token
+    from cpuinfer.terminal import report
 
     seconds = completion.timings
     tokens = completion.completion_tokens - 1  # the first one comes out of the prompt
@@ -213,4 +206,4 @@ def _stats(llm: "LLM", completion: "Completion") -> Iterator[str]:
     )
     memory = machine.format_bytes(machine.resident_memory())
     computing = f"{machine.instruction_set()}, {llm.threads} threads"
-    yield f"{_setup(llm)}; memory {memory}; {computing}"
+    yield f"{report.setup(llm)}; memory {memory}; {computing}"

@@ -50,6 +50,15 @@ def load(arguments: Namespace, progress: Progress, prefixes: "PrefixStore | None
     return llm
 
 
+def prefix_store(notice: Callable[[str], None]) -> "PrefixStore | None":
+    """The keys and values of earlier texts, in the user's cache directory if there is one."""
+    from cpuinfer import machine
+    from cpuinfer.prefixes import PrefixStore
+
+    directory = machine.cache_directory().path
+    return None if directory is None else PrefixStore(directory / "prefixes", notice=notice)
+
+
 def open_model(name: str) -> "GGUFFile":
     """The model file at a path, or of a model that was pulled under this name."""
     from cpuinfer.gguf import open_gguf

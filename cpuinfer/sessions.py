@@ -6,7 +6,6 @@ them a resumed conversation is only slower.
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from cpuinfer.conversation import ON_FULL, Conversation, OnFull
 from cpuinfer.gguf_errors import escape
 from cpuinfer.sampling import SamplingParams
-from quant.partial_file import complete_or_absent
+from quant.partial_file import write_private
 
 _FORMAT = "cpuinfer session 1"
 _NAME = re.compile(r"\w[\w.+-]{0,47}")  # with what is put around it, 255 bytes at most
@@ -113,13 +112,7 @@ class Sessions:
             ids=conversation.ids,
             tries=conversation.tries,
         )
-        data = json.dumps(vars(session)).encode()
-        with complete_or_absent(path, len(data)) as place:
-            descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(descriptor)
+        write_private(path, json.dumps(vars(session)).encode())
 
     def read(self, name: str) -> Session:
         """A session; SessionError says in one line why there is none."""

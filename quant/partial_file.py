@@ -34,6 +34,16 @@ def complete_or_absent(path: Path, nbytes: int) -> Iterator[Path]:
     _sync(target.parent)
 
 
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file for the user alone, complete or absent; OSError as above."""
+    with complete_or_absent(path, len(data)) as place:
+        descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+
+
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """The directory, made if need be, for this process alone."""

@@ -8,7 +8,9 @@ import pytest
 from command import DEMO, PROMPT, Result, Stdin, run
 
 from cpuinfer import LLM, machine
+from cpuinfer.gguf import open_gguf
 from cpuinfer.kernels import jit
+from cpuinfer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +126,25 @@ def test_stats_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert result.out == without.out
     speed, setup = result.err.splitlines()
     assert "prompt 5 tokens" in speed and "generation 4 tokens" in speed and "GB/s" in speed
-    for word in ("context 2048", "window of 128", "f16", machine.instruction_set(), "threads"):
+    for word in ("endless", "window of 128", "f16", machine.instruction_set(), "threads"):
         assert word in setup
+
+
+def test_what_is_saved_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prompt = "The dog was very happy to see the girl. " * 20
+
+    def cached(question: str, *more: str) -> object:
+        argv = ["generate", "-p", prompt + question, "-n", "3", "--json", *more]
+        return document(run(capsys, *argv))["cached_tokens"]
+
+    assert cached("Why?") == cached("Why?") == 0
+    assert not list(tmp_path.glob("*/prefixes"))
+    assert cached("Why?", "--save") == 0
+    shared = len(load_tokenizer(open_gguf(DEMO)).encode(prompt))
+    assert cached("And then what?", "--save") >= shared - 2
 
 
 def test_what_is_odd_is_a_warning(

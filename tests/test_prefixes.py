@@ -398,6 +398,14 @@ def test_other_keys_and_values_are_not_taken(tmp_path: Path, other: dict[str, ob
         assert llm.generate(ids, max_tokens=1).cached_tokens == 0
 
 
+@pytest.mark.parametrize("of", ["__version__", "jit.FINGERPRINT"])
+def test_another_program_computes_other_numbers(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(DEMO) as before, LLM(DEMO) as after:
+        key = before.key
+        monkeypatch.setattr(f"cpuinfer.prefixes.{of}", "other")
+        assert after.key != key
+
+
 def test_a_file_that_has_changed_is_another_model(tmp_path: Path) -> None:
     """Whatever has changed in it: not all of it is read for this."""
     changed = bytearray(DEMO.read_bytes())

@@ -13,11 +13,17 @@ from cpuinfer.terminal.settings import shown
 _SHORT = 300  # characters
 
 
-def model(llm: LLM) -> str:
+def setup(llm: LLM) -> str:
     """The model, how much it sees, and the memory that takes."""
     plan = memory_plan(llm.file, llm.config, llm.kv_type, llm.context_length)
     cache = f"cache {machine.format_bytes(plan.cache)} ({llm.kv_type})"
-    return f"{llm.path.name}: {_span(llm)}, {cache}, template: {_template(llm)}"
+    return f"{llm.path.name}: {_span(llm)}, {cache}"
+
+
+def template(llm: LLM) -> str:
+    """The chat template, and why it is this one."""
+    found = llm.template
+    return found.reason if str(llm.path) in found.name else f"{found.name} ({found.reason})"
 
 
 def reply(conversation: Conversation) -> str:
@@ -46,7 +52,7 @@ def settings(conversation: Conversation, name: str | None) -> Iterator[str]:
     """What is set, and the model; of a session its name."""
     llm = conversation.llm
     yield f"model     {llm.path}"
-    yield f"template  {_template(llm)}"
+    yield f"template  {template(llm)}"
     yield f"context   {_span(llm)}; {context(conversation)}"
     plan = memory_plan(llm.file, llm.config, llm.kv_type, llm.context_length)
     yield f"cache     {machine.format_bytes(plan.cache)} ({llm.kv_type}), {llm.threads} threads"
@@ -118,11 +124,6 @@ class Totals:
         rate = _rate(self.written - self.replies, self.writing)
         yield f"written  {self.written:,} tokens, {rate} tok/s"
         yield f"memory   {machine.format_bytes(machine.resident_memory())}"
-
-
-def _template(llm: LLM) -> str:
-    name = llm.template.name
-    return "the file's own" if str(llm.path) in name else name
 
 
 def _span(llm: LLM) -> str:
