@@ -8,7 +8,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from cpuinfer import machine
+from cpuinfer import directories, machine
 from quant.partial_file import write_private
 
 _Kept = dict[str, dict[str, float]]
@@ -34,7 +34,7 @@ def measured(threads: int) -> float:
 
 
 def _path() -> Path | None:
-    directory = machine.cache_directory().path
+    directory = directories.cache_directory().path
     return None if directory is None else directory / "bandwidth.json"
 
 

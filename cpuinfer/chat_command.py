@@ -108,10 +108,10 @@ def _chat(
 
 def _data_directory() -> Path | None:
     """Where sessions and the messages typed are kept; without it they are not."""
-    from cpuinfer import machine
+    from cpuinfer import directories
 
     try:
-        return machine.data_directory()
+        return directories.data_directory()
     except OSError as error:
         note(f"conversations cannot be saved: {error.filename}: {error.strerror}")
         return None

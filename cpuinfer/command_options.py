@@ -8,12 +8,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from cpuinfer import file_options
 from cpuinfer.hub_options import add_list, add_pull, add_rm, add_show
 from cpuinfer.option_groups import (
     BUNDLED,
     add_cache,
     add_context,
-    add_force,
     add_json,
     add_kv_type,
     add_loading,
@@ -25,10 +25,6 @@ from cpuinfer.option_groups import (
     add_stats,
     add_text_in_chunks,
     add_threads,
-    lora,
-    qtype,
-    size,
-    typed_pattern,
 )
 
 FIRST_PROMPT = "Once upon a time"
@@ -188,174 +184,6 @@ def _add_perplexity(parser: argparse.ArgumentParser) -> None:
     add_overcommit(group)
 
 
-def _add_quantize(parser: argparse.ArgumentParser) -> None:
-    from quant.mixes import MIXES
-
-    parser.add_argument("input", metavar="IN.gguf", help="a GGUF file; of a split model, any part")
-    parser.add_argument("output", metavar="OUT.gguf", help="the file to write, in one part")
-    parser.add_argument(
-        "type", metavar="TYPE", type=str.upper, choices=tuple(MIXES), help=", ".join(MIXES)
-    )
-    parser.add_argument("--imatrix", metavar="FILE", help="weigh errors by an importance matrix")
-    _add_tensor_types(parser)
-    parser.add_argument(
-        "--allow-requantize",
-        action="store_true",
-        default=False,
-        help="even where tensors are quantized already, which loses more",
-    )
-    parser.add_argument("--force", action="store_true", default=False, help="replace OUT.gguf")
-    parser.add_argument(
-        "--dry-run", action="store_true", default=False, help="show types and sizes, write nothing"
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="threads to compute with (default: the cores this process may use)",
-    )
-    add_json(parser)
-
-
-def _add_tensor_types(parser: argparse.ArgumentParser) -> None:
-    from quant.ggml_types import GGMLType
-
-    types = ", ".join(t.name for t in GGMLType)
-    group = parser.add_argument_group("types of single tensors", f"Of {types}.")
-    group.add_argument(
-        "--pure", action="store_true", help="the type itself for all, not llama.cpp's mix"
-    )
-    group.add_argument("--output-type", type=qtype, metavar="TYPE", help="of the output matrix")
-    group.add_argument(
-        "--token-embedding-type", type=qtype, metavar="TYPE", help="of the embeddings"
-    )
-    group.add_argument(
-        "--tensor-type",
-        dest="tensor_types",
-        action="append",
-        type=typed_pattern,
-        metavar="PATTERN=TYPE",
-        help="of tensors in whose name a regular expression is found; may be repeated",
-    )
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    from quant.mixes import MIXES
-
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a directory with config.json or params.json, safetensors and a vocabulary",
-    )
-    parser.add_argument("output", metavar="OUT.gguf", help="the file to write")
-    parser.add_argument(
-        "--type",
-        metavar="TYPE",
-        type=str.upper,
-        choices=tuple(MIXES),
-        default="F16",
-        help=f"{', '.join(MIXES)} (default: %(default)s)",
-    )
-    _add_tensor_types(parser)
-    parser.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="hold the written file against its source before it takes its place (default: yes)",
-    )
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the errors by layer to a file")
-    add_force(parser, "OUT.gguf")
-    parser.add_argument(
-        "--dry-run", action="store_true", default=False, help="show types and sizes, write nothing"
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="threads to compute with (default: the cores this process may use)",
-    )
-    add_json(parser)
-
-
-def _add_merge(parser: argparse.ArgumentParser) -> None:
-    from quant.mixes import MIXES
-
-    parser.add_argument("input", metavar="MODEL", help="a GGUF file; of a split model, any part")
-    parser.add_argument(
-        "lora",
-        metavar="ADAPTER[:SCALE]",
-        nargs="+",
-        type=lora,
-        help="an adapter in a GGUF file, times SCALE (default: 1)",
-    )
-    parser.add_argument("output", metavar="OUT.gguf", help="the file to write, in one part")
-    parser.add_argument(
-        "--type",
-        metavar="TYPE",
-        type=str.upper,
-        choices=tuple(MIXES),
-        help=f"{', '.join(MIXES)} (default: each tensor keeps its own)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="threads to compute with (default: the cores this process may use)",
-    )
-    add_force(parser, "OUT.gguf")
-    add_json(parser)
-
-
-def _add_split(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="IN.gguf", help="a GGUF file; of a split model, any part")
-    parser.add_argument(
-        "prefix", metavar="OUT-PREFIX", help="parts are called OUT-PREFIX-00001-of-00003.gguf"
-    )
-    limits = parser.add_mutually_exclusive_group(required=True)
-    limits.add_argument(
-        "--max-size",
-        dest="max_bytes",
-        type=size,
-        metavar="N[K|M|G]",
-        help="bytes of a part at most, in units of a thousand, a million or a billion",
-    )
-    limits.add_argument("--max-tensors", type=int, metavar="N", help="tensors of a part at most")
-    add_force(parser, "parts that exist")
-    add_json(parser)
-
-
-def _add_join(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="FIRST-PART", help="a part of a split model")
-    parser.add_argument("output", metavar="OUT.gguf", help="the file to write")
-    add_force(parser, "OUT.gguf")
-    add_json(parser)
-
-
-def _add_imatrix(parser: argparse.ArgumentParser) -> None:
-    from cpuinfer.perplexity import CONTEXT_LENGTH
-
-    add_model(parser, BUNDLED)
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        default="imatrix.gguf",
-        help="the file to write (default: %(default)s)",
-    )
-    add_text_in_chunks(parser, CONTEXT_LENGTH, "tokens of a chunk")
-    parser.add_argument(
-        "--process-output",
-        action="store_true",
-        default=False,
-        help="for the output matrix as well, which is better quantized without",
-    )
-    add_force(parser, "FILE")
-    add_json(parser)
-    group = parser.add_argument_group("the model in memory")
-    add_cache(group)
-    add_threads(group)
-
-
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] = {
     "generate": (
         _add_generate,
@@ -398,29 +226,29 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str, str]] 
         "half scored. With --kl-divergence also how far from another model's its predictions are.",
     ),
     "quantize": (
-        _add_quantize,
+        file_options.add_quantize,
         "write a model in other types, smaller",
         "Types of tensors are llama.cpp's for the same name, and so are the bytes of each.",
     ),
     "convert": (
-        _add_convert,
+        file_options.add_convert,
         "make a model file of published weights",
         "From Hugging Face's form or Mistral's own, in one pass to any type, tensor by tensor. "
         "Nothing of the source is run.",
     ),
     "merge": (
-        _add_merge,
+        file_options.add_merge,
         "write a model with LoRA adapters folded into its weights",
         "Less is lost where MODEL is not quantized, or with --lora, which leaves MODEL as it is.",
     ),
     "split": (
-        _add_split,
+        file_options.add_split,
         "write a model file in several parts",
         "Any part opens the whole model; llama.cpp has to be given the first.",
     ),
-    "join": (_add_join, "write the parts of a split model as one file", ""),
+    "join": (file_options.add_join, "write the parts of a split model as one file", ""),
     "imatrix": (
-        _add_imatrix,
+        file_options.add_imatrix,
         "measure which columns of the weights matter for a text",
         "The file is llama.cpp's importance matrix, for quantize --imatrix.",
     ),

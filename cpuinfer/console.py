@@ -52,10 +52,10 @@ def load(arguments: Namespace, progress: Progress, prefixes: "PrefixStore | None
 
 def prefix_store(notice: Callable[[str], None]) -> "PrefixStore | None":
     """The keys and values of earlier texts, in the user's cache directory if there is one."""
-    from cpuinfer import machine
+    from cpuinfer import directories
     from cpuinfer.prefixes import PrefixStore
 
-    directory = machine.cache_directory().path
+    directory = directories.cache_directory().path
     return None if directory is None else PrefixStore(directory / "prefixes", notice=notice)
 
 

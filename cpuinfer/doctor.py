@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cpuinfer import __version__, bandwidth, estimate, machine
+from cpuinfer import __version__, bandwidth, directories, estimate, machine
 from cpuinfer.kernels import jit
 
 Report = dict[str, Any]
@@ -21,7 +21,7 @@ def examine() -> Report:
     """The facts, and `warnings` about what could be better; measures for about a second."""
     threads, reason = machine.threads()
     decode_threads, decode_reason = machine.decode_threads(threads)
-    kept = machine.cache_directory()
+    kept = directories.cache_directory()
     warnings = [] if kept.warning is None else [kept.warning]
     return {
         "cpuinfer": __version__,

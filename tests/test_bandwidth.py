@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cpuinfer import bandwidth, machine
+from cpuinfer import bandwidth, directories, machine
 
 
 class Memory:
@@ -89,6 +89,6 @@ def test_without_a_place_it_is_measured_each_time(
 ) -> None:
     kept(tmp_path).mkdir(parents=True)  # in the way of the file
     assert [bandwidth.known(2), bandwidth.known(2)] == [41, 42]
-    nowhere = machine.CacheDirectory(None, "no room")
-    monkeypatch.setattr(machine, "cache_directory", lambda: nowhere)
+    nowhere = directories.CacheDirectory(None, "no room")
+    monkeypatch.setattr(directories, "cache_directory", lambda: nowhere)
     assert [bandwidth.known(2), bandwidth.known(2)] == [43, 44]

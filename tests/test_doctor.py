@@ -9,7 +9,7 @@ import numba
 import pytest
 from command import DEMO, run, variant
 
-from cpuinfer import estimate, machine
+from cpuinfer import directories, estimate, machine
 from cpuinfer.kernels import jit
 
 KEYS = {
@@ -112,8 +112,8 @@ def test_a_model_that_does_not_run_here(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_cache_that_is_not_used_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = machine.CacheDirectory(None, "compiled kernels cannot be kept: no room")
-    monkeypatch.setattr(machine, "cache_directory", lambda: kept)
+    kept = directories.CacheDirectory(None, "compiled kernels cannot be kept: no room")
+    monkeypatch.setattr(directories, "cache_directory", lambda: kept)
     monkeypatch.setattr(jit, "CACHE", None)
     found = json.loads(run(capsys, "doctor", "--json").out)
     assert found["cache_directory"] is None and found["warnings"] == [kept.warning]

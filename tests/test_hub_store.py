@@ -11,7 +11,7 @@ import pytest
 from command import DEMO, environment, run
 from hub_server import DATA, FILE, REPOSITORY, Hub, keep_part, left, partial
 
-from cpuinfer import machine
+from cpuinfer import directories
 from cpuinfer.hub import names, store
 
 pytest_plugins = ["hub_fixtures"]
@@ -28,8 +28,8 @@ def test_no_path_leaves_the_store(hub: Hub, target: Path, tmp_path: Path) -> Non
 
 
 def test_the_data_directory_is_the_users_alone(tmp_path: Path, hub: Hub) -> None:
-    assert machine.data_directory() == tmp_path / "data/cpuinfer"
-    for path in (machine.data_directory(), store.directory()):
+    assert directories.data_directory() == tmp_path / "data/cpuinfer"
+    for path in (directories.data_directory(), store.directory()):
         assert path.stat().st_mode & 0o777 == 0o700
 
 

@@ -528,3 +528,14 @@ def test_logits_are_llama_cpp_s(llama_cpp: Any, demo: Path, tmp_path: Path) -> N
     with LLM(demo, kv_type="f32", lora=[(made.path, 0.5)]) as llm:
         got = llm.logits(ids)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max())
+
+
+def test_keys_and_values_are_told_apart_by_adapters_and_their_scales(
+    demo: Path, tmp_path: Path
+) -> None:
+    made = make(tmp_path / "a.gguf", open_gguf(demo))
+    keys = set()
+    for adapters in ([], [(made.path, 0.5)], [(made.path, 1.0)]):
+        with LLM(demo, lora=adapters) as llm:
+            keys.add(llm.key)
+    assert len(keys) == 3

@@ -1,18 +1,22 @@
-"""A picture of `cpuinfer chat` for the README: the real program, typed to in a pseudo-terminal.
+"""A picture of a conversation for the README: `cpuinfer chat` in a shell, typed to.
 
-python tools/terminal_picture.py chat.svg [MODEL]
+python tools/terminal_picture.py tools/chat.svg
 """
 
 import argparse
+import io
 import os
+import re
 import select
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from fcntl import ioctl
+from itertools import groupby
 from pathlib import Path
 from termios import TIOCSCTTY, TIOCSWINSZ
 
@@ -22,11 +26,13 @@ from rich.style import Style
 from rich.text import Text
 
 COLUMNS, ROWS = 88, 30
-#: What is typed, and what the screen shows before the next is typed.
+#: What is typed, and what the screen shows then before the next is typed.
 TYPED = (
-    ("Once upon a time there was a dog\r", "tok/s"),
-    ("/retry\r", "tok/s"),
-    ("/tokens\r", "room"),
+    ("cpuinfer chat --temperature 0.7 --seed 34", "/help for commands\n>"),
+    ("One day, a little bird lost its way.", "tok/s"),
+    ("/exit", "to go on with this"),
+    ("cpuinfer chat --resume", "/help for commands\n>"),
+    ("Was the bird happy?", "tok/s"),
 )
 
 
@@ -134,22 +140,23 @@ class Terminal:
 
 def draw(screen: pyte.Screen, path: Path, title: str) -> None:
     """Write a screen as SVG."""
-    console = Console(record=True, width=screen.columns, file=open(os.devnull, "w"))  # noqa: SIM115
-    last = max(row for row, line in enumerate(screen.display) if line.strip())
-    for row in range(last + 1):
+    console = Console(record=True, width=screen.columns, file=io.StringIO())
+    rows = [screen.buffer[row] for row in range(screen.lines) if screen.display[row].strip()]
+    for row in rows:
         line = Text()
-        for column in range(screen.columns):
-            cell = screen.buffer[row][column]
-            line.append(cell.data, _style(cell))
+        cells = [row[column] for column in range(screen.columns)]
+        for style, some in groupby(cells, _style):
+            line.append("".join(cell.data for cell in some), style)
+        line.rstrip()
         console.print(line, overflow="crop", no_wrap=True)
-    path.write_text(console.export_svg(title=title))
+    # Without fonts from elsewhere: the viewer's own will do.
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", console.export_svg(title=title), flags=re.S))
 
 
 def _style(cell: "pyte.screens.Char") -> Style:
-    named = {"brightblack": "bright_black", "brown": "yellow", "default": "default"}
-    colour = named.get(cell.fg, cell.fg)
+    colour = {"brightblack": "bright_black", "brown": "yellow"}.get(cell.fg, cell.fg)
     return Style(
-        color=f"#{colour}" if len(colour) == 6 and colour not in ("yellow",) else colour,
+        color=f"#{colour}" if re.fullmatch("[0-9a-f]{6}", colour) else colour,
         bold=cell.bold,
         italic=cell.italics,
         underline=cell.underscore,
@@ -158,24 +165,22 @@ def _style(cell: "pyte.screens.Char") -> Style:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw a short conversation."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Draw a short conversation, which is left and gone on with."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("model", nargs="?")
     arguments = parser.parse_args(argv)
-    model = [] if arguments.model is None else [arguments.model]
-    command = [sys.executable, "-m", "cpuinfer", "chat", *model, "--no-save", "--seed", "7"]
-    with Terminal([*command, "-n", "60"]) as terminal:
-        terminal.wait_for("/help")
-        for keys, shown in TYPED:
-            seen = terminal.text.count(shown)
-            terminal.type(keys)
-            terminal.wait_for(shown, seen + 1)
-        for _ in range(10):
-            terminal.read()
-        draw(terminal.screen, arguments.output, "cpuinfer chat")
-        terminal.type("/exit\r")
-        return terminal.wait_for_end()
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with tempfile.TemporaryDirectory() as data:
+        environment = {"PS1": "$ ", "PATH": programs, "XDG_DATA_HOME": data}
+        with Terminal(["bash", "--norc", "--noprofile"], environment=environment) as terminal:
+            terminal.wait_for("$")
+            for keys, shown in TYPED:
+                seen = terminal.text.count(shown)
+                terminal.type(f"{keys}\r")
+                terminal.wait_for(shown, seen + 1)
+                terminal.wait_until(lambda: terminal.lines[terminal.screen.cursor.y] in (">", "$"))
+            draw(terminal.screen, arguments.output, "cpuinfer chat")
+    return 0
 
 
 if __name__ == "__main__":

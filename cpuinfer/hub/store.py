@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from cpuinfer import machine
+from cpuinfer import directories
 from cpuinfer.gguf_errors import escape
 from cpuinfer.hub import names
 from cpuinfer.hub.names import Build, Name
@@ -49,7 +49,7 @@ class LocalModel:
 
 def directory() -> Path:
     """Where models are kept; OSError where no directory can be made."""
-    path = machine.data_directory() / "models"
+    path = directories.data_directory() / "models"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
 

@@ -22,7 +22,7 @@ from numba.core import config as _config
 from numba.core.caching import FunctionCache
 from numba.core.runtime.nrt import rtsys
 
-from cpuinfer import machine
+from cpuinfer import directories, machine
 
 config: Any = _config  # Numba sets its names at run time, where no checker sees them
 ISA = machine.instruction_set()
@@ -68,7 +68,7 @@ FINGERPRINT = _fingerprint()
 
 def _open_cache() -> Path | None:
     """The directory for this build's machine code, or None (with one warning) to go without."""
-    base = machine.cache_directory()
+    base = directories.cache_directory()
     warning = base.warning
     if base.path is not None:
         directory = base.path / "kernels" / FINGERPRINT
