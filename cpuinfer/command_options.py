@@ -11,6 +11,7 @@ from typing import Any
 from cpuinfer import file_options
 from cpuinfer.hub_options import add_list, add_pull, add_rm, add_show
 from cpuinfer.option_groups import (
+    ALL_ROOM,
     BUNDLED,
     add_cache,
     add_context,
@@ -75,7 +76,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         help="a built-in chat template or a Jinja file (default: the model file's own)",
     )
     _add_conversation(parser.add_argument_group("the conversation"))
-    add_sampling(parser)
+    add_sampling(parser, ALL_ROOM)
     group = add_loading(parser)
     add_lora(group)
     add_speculation(group)

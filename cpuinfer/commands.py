@@ -114,17 +114,17 @@ def doctor(arguments: Namespace) -> None:
 
 def warmup(arguments: Namespace) -> None:
     """Compile the kernels of a model, or the common ones."""
-    from cpuinfer import llm, ops
+    from cpuinfer import loading, ops
     from cpuinfer.kernels import jit
     from quant.ggml_types import GGMLType
 
     if arguments.model is None:
         qtypes = {GGMLType[name] for name in _COMMON_TYPES}
     else:
-        qtypes = llm.matrix_types(open_model(arguments.model))
+        qtypes = loading.matrix_types(open_model(arguments.model))
     kernels = ops.kernels_for(qtypes, arguments.kv_type)
     with Progress(sys.stderr) as progress:
-        compiled = llm.prepare_kernels(kernels, progress)
+        compiled = loading.prepare_kernels(kernels, progress)
     if arguments.json:
         cache = None if jit.CACHE is None else str(jit.CACHE)
         print_json({"kernels": len(kernels), "compiled": compiled, "cache_directory": cache})

@@ -17,7 +17,7 @@ import numpy as np
 from cpuinfer import estimate, machine
 from cpuinfer.config import ModelConfig, SlidingWindow
 from cpuinfer.gguf import GGUFFile, ModelFormatError, QTensor, Value, escape
-from cpuinfer.llm import file_warnings
+from cpuinfer.loading import file_warnings
 from cpuinfer.plan import (
     Alternatives,
     alternatives,

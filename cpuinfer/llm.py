@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +17,17 @@ from cpuinfer.caches import Caches
 from cpuinfer.completion import Chunk, Completion, Stream, Timings, TokenLogprob
 from cpuinfer.config import ModelConfig, SlidingWindow
 from cpuinfer.generate import Generation
-from cpuinfer.gguf import GGUFFile, ModelFormatError, escape, open_gguf
-from cpuinfer.kernels.jit import Kernel
-from cpuinfer.lora import Adapter, open_adapter
+from cpuinfer.gguf import ModelFormatError, escape, open_gguf
+from cpuinfer.loading import (
+    Lora,
+    Progress,
+    file_warnings,
+    matrix_types,
+    open_adapters,
+    prepare_kernels,
+)
 from cpuinfer.models import ARCHITECTURES
-from cpuinfer.models.llama import CHUNK, Llama, capacity, check_tensors, expected_shapes
+from cpuinfer.models.llama import CHUNK, Llama, capacity
 from cpuinfer.plan import fitting_context, memory_plan
 from cpuinfer.prefixes import PrefixStore, model_key
 from cpuinfer.sampling import Sampled, Sampler, SamplingParams
@@ -32,10 +38,6 @@ from quant.ggml_types import GGMLType
 
 KVType = Literal["f32", "f16", "q8_0"]
 Message = Mapping[str, Any]
-#: Called with a stage ("compile", "load", "prompt"), how much is done, and of how much.
-Progress = Callable[[str, int, int], None]
-#: A file, or a file and a scale.
-Lora = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class LLM:
@@ -80,7 +82,7 @@ class LLM:
             raise ModelFormatError(self.path, "tensors", None, "there are none, only metadata")
         self.config = ModelConfig.from_gguf(self.file, sliding_window)
         self.tokenizer: Tokenizer = load_tokenizer(self.file)
-        self.adapters = _open_adapters(lora, self.file, self.config)
+        self.adapters = open_adapters(lora, self.file, self.config)
         self.kv_type = kv_type
         added = sum(adapter.nbytes for adapter in self.adapters)
         self.context_length = fitting_context(
@@ -323,37 +325,3 @@ def _check_arguments(threads: int | None, prefill_threads: int | None, kv_type: 
             raise ValueError(f"{name} must be at least 1, got {count}")
     if kv_type not in DTYPES:
         raise ValueError(f"kv_type must be one of {', '.join(DTYPES)}, got {kv_type!r}")
-
-
-def _open_adapters(
-    lora: Sequence[Lora], file: GGUFFile, config: ModelConfig
-) -> tuple[Adapter, ...]:
-    """The adapters, checked against what the model uses of its file."""
-    shapes = {name: s for name, s in expected_shapes(config).items() if name in file.tensors}
-    architecture = file.text("general.architecture")
-    given = ((each if isinstance(each, tuple) else (each, 1.0)) for each in lora)
-    return tuple(open_adapter(path, scale, architecture, shapes) for path, scale in given)
-
-
-def matrix_types(file: GGUFFile) -> set[GGMLType]:
-    """The types of a file's matrices."""
-    return {tensor.qtype for tensor in file.tensors.values() if len(tensor.shape) == 2}
-
-
-def prepare_kernels(kernels: Sequence[Kernel], on_progress: Progress) -> int:
-    """Make kernels ready; how many had to be compiled."""
-    compiled = 0
-    for done, kernel in enumerate(kernels):
-        on_progress("compile", done, len(kernels))
-        compiled += kernel.prepare()
-    on_progress("compile", len(kernels), len(kernels))
-    return compiled
-
-
-def file_warnings(file: GGUFFile, config: ModelConfig) -> list[str]:
-    """What is odd about a file without keeping it from running; ModelFormatError for what does."""
-    unused = check_tensors(file, config)
-    if not unused:
-        return list(file.warnings)
-    names = escape(", ".join(unused[:3])) + ", ..." * (len(unused) > 3)
-    return [*file.warnings, f"{escape(file.path.name)}: {len(unused)} tensors not used: {names}"]

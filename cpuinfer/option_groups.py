@@ -107,16 +107,22 @@ def add_kv_type(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+#: How long a reply in a chat is if nobody says it.
+ALL_ROOM = "what the context has room for"
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_tokens: str | None = None) -> None:
+    """`max_tokens` is what is said of its default where that is not the one of SamplingParams."""
     from cpuinfer.sampling import SamplingParams
 
     group = parser.add_argument_group("choosing tokens")
 
     def add(*flags: str, type: Callable[[str], Any], metavar: str, help: str) -> None:
-        default = getattr(SamplingParams, flags[-1].removeprefix("--").replace("-", "_"))
-        group.add_argument(
-            *flags, type=type, metavar=metavar, help=f"{help} (default: {default:g})"
-        )
+        name = flags[-1].removeprefix("--").replace("-", "_")
+        shown = f"{getattr(SamplingParams, name):g}"
+        if name == "max_tokens":
+            shown = max_tokens or shown
+        group.add_argument(*flags, type=type, metavar=metavar, help=f"{help} (default: {shown})")
 
     add("-n", "--max-tokens", type=int, metavar="N", help="tokens to write at most")
     add("--temperature", type=float, metavar="T", help="0 takes the likeliest token always")

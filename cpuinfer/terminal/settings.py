@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cpuinfer.conversation import ON_FULL, Conversation
-from cpuinfer.option_groups import add_sampling
+from cpuinfer.option_groups import ALL_ROOM, add_sampling
 from cpuinfer.sampling import SamplingParams
 
 _SWITCH = {"on": True, "off": False}
@@ -17,14 +17,13 @@ _SWITCH = {"on": True, "off": False}
 
 def _options() -> dict[str, argparse.Action]:
     parser = argparse.ArgumentParser(add_help=False)
-    add_sampling(parser)
+    add_sampling(parser, ALL_ROOM)
     return {action.dest: action for action in parser._actions}
 
 
 _OPTIONS = _options()
 #: What can be set, and what it means.
 SETTINGS = {name: option.help or "" for name, option in _OPTIONS.items()} | {
-    "max_tokens": "tokens of a reply at most (default: what the context has room for)",
     "ignore_eos": "on: go on where the model would end the text",
     "on_full": f"what to do when the context is full: {', '.join(ON_FULL)}",
 }
