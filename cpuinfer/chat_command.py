@@ -3,6 +3,7 @@
 What belongs to the model or to prompt_toolkit is imported where it is needed: it takes long.
 """
 
+import errno
 import io
 import sys
 from argparse import Namespace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpuinfer import options
-from cpuinfer.console import load, note, prefix_store, read_prompt, utf8
+from cpuinfer.console import BadInput, load, note, prefix_store, read_prompt, utf8
 from cpuinfer.progress import Progress
 from cpuinfer.terminal.reader import can_prompt, reader
 from cpuinfer.terminal.screen import MarkdownScreen, RawScreen
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 def chat(arguments: Namespace) -> None:
     """Talk with a model: in a terminal, or with one message from a pipe."""
+    arguments.for_chat = True
     options.sampling(arguments)  # what is out of range is refused before anything is loaded
     typed = sys.stdin is not None and sys.stdin.isatty()
     message = None if typed else read_prompt(None)
@@ -125,20 +127,28 @@ def _sessions(data: Path | None, talk: Talk) -> "Sessions | None":
 
 def _resumed(arguments: Namespace, sessions: "Sessions | None") -> str | None:
     """The name of the session to go on with, None for a new one.  Its model is taken if none was
-    named; SessionError where there is no such session."""
+    named; FileNotFoundError and BadInput where there is no such session."""
+    from cpuinfer.sessions import SessionError
+
     if not hasattr(arguments, "resume"):
         return None
     if sessions is None:
         raise ValueError("there is no session to go on with")
     name: str | None = arguments.resume
     if name is None:
-        names = [entry.name for entry in sessions.entries()]
+        names = [entry.name for entry in sessions.entries() if entry.messages]
         if not names:
             raise ValueError("no session has been saved yet")
         name = names[0]
     elif arguments.model is None and Path(name).is_file():
         raise ValueError(f"--resume {name}: name the model before --resume")
-    session = sessions.read(name)
+    elif name not in sessions.names():
+        known = ", ".join(sessions.names()[-5:]) or "none"
+        raise FileNotFoundError(errno.ENOENT, f"no such session; there are: {known}", name)
+    try:
+        session = sessions.read(name)
+    except SessionError as error:
+        raise BadInput(str(error)) from None
     if arguments.model is None:
         arguments.model = session.model
     return name

@@ -57,6 +57,7 @@ class LLM:
         speculation: bool = True,
         force: bool = False,
         prefixes: PrefixStore | None = None,
+        for_chat: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
         """Open, check and load a GGUF file.
@@ -72,6 +73,7 @@ class LLM:
         `force` loads what does not fit into free memory as well, which may swap;
         `prefixes` where prompts find the keys and values of texts that begin alike, and where
         `remember` puts those of the last one.
+        `for_chat` refuses a file without a chat template before anything that takes long.
         Under a sliding window texts are endless unless `context_length` says otherwise.
         Raises OSError, ModelFormatError, machine.NotEnoughMemory, ValueError for an argument.
         """
@@ -101,7 +103,7 @@ class LLM:
             and (capacity(self.config, CHUNK, self.context_length) == window + CHUNK - 1)
         )
         self._template: chat.Template | None = None
-        if template is not None:
+        if template is not None or for_chat:
             self._template = chat.load_template(self.file, self.tokenizer, template)
         cores, _ = machine.threads()
         self.threads = min(threads or machine.decode_threads(cores)[0], most_threads())

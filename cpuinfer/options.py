@@ -108,6 +108,7 @@ def loading(arguments: argparse.Namespace) -> dict[str, Any]:
         "sliding_window",
         "kv_type",
         "template",
+        "for_chat",
         "lora",
         "speculation",
     )

@@ -98,21 +98,27 @@ def _save(home: Path, model: Path, name: str, said: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "code", "words"),
     [
-        (["--resume"], "no session has been saved yet"),
-        (["--resume", "trip"], "there is no session trip; none has been saved yet"),
-        (["--resume", str(DEMO)], "name the model before --resume"),
+        (["--resume"], 2, "no session has been saved yet"),
+        (["--resume", "trip"], 66, "trip: no such session; there are: none"),
+        (["--resume", "bad"], 65, "bad.json is left out: it is damaged"),
+        (["--resume", str(DEMO)], 2, "name the model before --resume"),
     ],
 )
 def test_a_session_that_is_not_there(
     argv: list[str],
+    code: int,
     words: str,
+    home: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if code == 65:
+        (home / "sessions").mkdir(parents=True)
+        (home / "sessions/bad.json").write_bytes(b"{")
     result = piped(monkeypatch, capsys, "Hello", *argv)
-    assert (result.code, result.out) == (2, "")
+    assert (result.code, result.out) == (code, "")
     assert words in result.err and result.err.count("\n") == 1
 
 
@@ -186,6 +192,7 @@ def test_a_model_without_a_template_is_known_before_the_first_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = variant(tmp_path / "plain.gguf", {"tokenizer.chat_template": None})
+    monkeypatch.setattr("cpuinfer.llm.prepare_kernels", lambda *_: pytest.fail("kernels"))
     monkeypatch.setattr(sys, "stdin", Stdin(terminal=True))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for a message"))
     result = run(capsys, "chat", path)

@@ -19,7 +19,7 @@ class Scripted:
     An exchange takes a token more than its texts, a `|`, and the prompt ends with `>`.
     """
 
-    config = SimpleNamespace(context_length=100_000)
+    config = SimpleNamespace(context_length=100_000, sliding_window=None)
     tokenizer = SimpleNamespace(encode=lambda text, add_bos: list(map(ord, text)))
 
     def __init__(self, *replies: Sequence[str | None], room: int | None = None) -> None:

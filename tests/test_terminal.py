@@ -131,6 +131,50 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(
     assert typist.drafts == ["", "", "And?", ""]
 
 
+def test_a_file_waits_for_a_message_that_is_answered(tmp_path: Path) -> None:
+    document = tmp_path / "notes.txt"
+    document.write_text("Notes.")
+    llm = Model([None], ["Yes."], ["No."])
+    made(llm, tmp_path / "s").run(Typist(f"/file {document}", "What?", "What?", "And?"))
+    assert llm.asked == ["Notes.\n\nWhat?>"] * 2 + ["Notes.\n\nWhat?|Yes.|And?>"]
+
+
+def test_a_file_longer_than_the_window_is_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "notes.txt"
+    document.write_text("Notes.")
+    llm = Model(room=None)
+    for window, told in ((5, True), (6, False)):
+        llm.config = SimpleNamespace(context_length=1000, sliding_window=window)
+        made(llm, tmp_path / "s").run(Typist(f"/file {document}"))
+        assert ("the model sees 5 tokens at once" in capsys.readouterr().err) is told
+
+
+def test_what_ctrl_c_kept_from_being_saved_is_saved_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = made(Model(["Yes."]), tmp_path)
+
+    def interrupted() -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.run(Typist("Hello", None))
+    assert len(Sessions(tmp_path).names()) == 1
+
+
+def test_commands_that_take_nothing_refuse_what_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = made(Model(["Yes."]), tmp_path)
+    chat.run(Typist("Hello", "/clear the table please", "/exit now"))
+    assert said(chat) == ["Hello", "Yes."]
+    assert "/clear takes nothing behind it" in capsys.readouterr().err
+
+
 def test_ctrl_c_instead_of_a_message_leaves(tmp_path: Path) -> None:
     chat = made(Model(["Yes."]), tmp_path)
     with pytest.raises(KeyboardInterrupt):

@@ -36,6 +36,7 @@ class Chat:
         self.totals = report.Totals()
         self._save_failed = False
         self._slow_said = False
+        self._unsaved = False  # Ctrl-C came before or while a reply was saved
 
     def run(self, reader: Reader) -> None:
         """Messages until there are no more; KeyboardInterrupt for Ctrl-C instead of one."""
@@ -48,7 +49,10 @@ class Chat:
         except EOFError:
             pass
         finally:
-            if self.autosave and self.name is not None and not self._save_failed:
+            if self._unsaved:
+                self.keep()
+            kept = self.autosave and self.name is not None and not self._save_failed
+            if kept and self.conversation.messages:
                 self.talk.tell(f"to go on with this: cpuinfer chat --resume {self.name}")
 
     def choices(self, before: str) -> Mapping[str, str]:
@@ -63,10 +67,12 @@ class Chat:
         finally:
             if len(self.conversation.messages) == said:
                 self.draft = text
-        self.waiting.clear()
+            else:
+                self.waiting.clear()
 
     def show(self, reply: Generator[str, None, None]) -> None:
         """A reply, what it took, and the session saved."""
+        self._unsaved = True
         ended = self.talk.show(reply)
         done = self.conversation.completion
         if ended and done is not None:
@@ -82,7 +88,7 @@ class Chat:
             return
         try:
             self.save()
-            self._save_failed = False
+            self._save_failed = self._unsaved = False
         except (OSError, ValueError) as error:
             if not self._save_failed:
                 self.talk.tell(f"the conversation is not saved: {explained(error)}")

@@ -47,6 +47,8 @@ def run(chat: "Chat", name: str, argument: str) -> None:
         names = [f"/{known}" for known in COMMANDS]
         problem = settings.unknown("command", f"/{name}", names)
         raise ValueError(f"{problem} (//{name} sends /{name})")
+    if argument and not COMMANDS[name].takes:
+        raise ValueError(f"/{name} takes nothing behind it; //{name} sends it as a message")
     COMMANDS[name].run(chat, argument)
 
 
@@ -172,6 +174,9 @@ def _file(chat: "Chat", name: str) -> None:
         raise ValueError(f"{name}: {tokens:,} tokens are more than the context of {limit:,}")
     chat.waiting.append(text)
     chat.talk.tell(f"{name}: {tokens:,} tokens, put before your next message")
+    window = chat.conversation.llm.config.sliding_window
+    if window is not None and tokens > window:
+        chat.talk.tell(f"the model sees {window:,} tokens at once, those before only through them")
 
 
 def _text(path: Path) -> str:
