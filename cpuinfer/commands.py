@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cpuinfer import command_options, options
 from cpuinfer.console import (
     BadInput,
+    BadOutput,
     load,
     note,
     open_model,
@@ -58,7 +59,6 @@ def generate(arguments: Namespace) -> None:
                 pass
         else:
             _stream(itertools.chain([prompt], pieces))
-    llm.remember()
     completion = stream.completion
     assert completion is not None
     if arguments.json:
@@ -69,6 +69,10 @@ def generate(arguments: Namespace) -> None:
     if arguments.stats:
         for line in _stats(llm, completion):
             note(line)
+    try:
+        llm.remember()
+    except OSError as error:
+        raise BadOutput(f"keys and values are not saved: {error.strerror or error}") from None
 
 
 def _stream(pieces: Iterable[str]) -> None:

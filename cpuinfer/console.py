@@ -56,7 +56,10 @@ def prefix_store(notice: Callable[[str], None]) -> "PrefixStore | None":
     from cpuinfer.prefixes import PrefixStore
 
     directory = directories.cache_directory().path
-    return None if directory is None else PrefixStore(directory / "prefixes", notice=notice)
+    if directory is None:
+        notice("keys and values are not kept: there is no cache directory for them")
+        return None
+    return PrefixStore(directory / "prefixes", notice=notice)
 
 
 def open_model(name: str) -> "GGUFFile":

@@ -16,7 +16,10 @@ from cpuinfer.llm import LLM, Message
 OnFull = Literal["stop", "shift", "summarize"]
 ON_FULL: tuple[OnFull, ...] = ("stop", "shift", "summarize")
 
-_CHOICES = "/undo, /clear, or /set on_full shift (or summarize)"
+_CHOICES = (
+    "take something back (/undo), begin anew (/clear), or let the oldest go "
+    "(/set on_full shift, or summarize)"
+)
 _SUMMARIZE = (
     "Summarize our conversation so far for yourself: facts, names, decisions and open questions, "
     "in at most {words} words."

@@ -3,7 +3,7 @@
 A sequence is kept in blocks of BLOCK positions, a file each, the last one shorter.  A file is named
 by two hashes of the model and all tokens, up to its beginning and up to its end: what is found is
 what would be computed, and sequences that begin alike share files.  (Keys and values do not depend
-on the chunks, the threads or the sampling that made them: design.md, 5.)
+on the chunks, the threads or the sampling that made them: all arithmetic has a fixed order.)
 
     8 bytes   MAGIC
     uint32    n, the positions

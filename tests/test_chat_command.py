@@ -8,6 +8,7 @@ import pytest
 from command import DEMO, Result, Stdin, run, variant
 
 from cpuinfer import LLM, options
+from cpuinfer.conversation import Conversation
 from cpuinfer.llm import Message
 from cpuinfer.sessions import Sessions
 
@@ -120,6 +121,37 @@ def test_a_session_that_is_not_there(
     result = piped(monkeypatch, capsys, "Hello", *argv)
     assert (result.code, result.out) == (code, "")
     assert words in result.err and result.err.count("\n") == 1
+
+
+def test_instructions_and_several_lines_reach_the_model(
+    template: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--template", template, "--system", "A story."]
+    result = piped(monkeypatch, capsys, "Tom was\nsad.\n", *argv)
+    told: list[Message] = [
+        {"role": "system", "content": "A story."},
+        {"role": "user", "content": "Tom was\nsad."},
+    ]
+    with LLM(DEMO, template=str(template)) as llm:
+        assert result == Result(0, llm.chat(told, max_tokens=6, seed=3).text + "\n", "")
+
+
+def test_what_is_given_now_takes_the_place_of_what_was_saved(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sessions = Sessions(home / "sessions")
+    with LLM(DEMO) as llm:
+        conversation = Conversation(llm, "Old.", {"top_k": 7, "temperature": 0.3})
+        conversation.messages = [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Good day."},
+        ]
+        sessions.save("trip", conversation)
+    argv = ["--resume", "trip", "--system", "New.", "--on-full", "shift", "--top-k", "5"]
+    assert piped(monkeypatch, capsys, "And?", *argv).code == 0
+    saved = sessions.read("trip")
+    assert (saved.system, saved.on_full, len(saved.messages)) == ("New.", "shift", 4)
+    assert saved.params == {"top_k": 5, "temperature": 0.3, "max_tokens": 6, "seed": 3}
 
 
 def test_there_must_be_a_message(

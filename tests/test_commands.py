@@ -147,6 +147,19 @@ def test_what_is_saved_is_not_read_again(
     assert cached("And then what?", "--save") >= shared - 2
 
 
+def test_what_cannot_be_saved_is_said_after_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("cpuinfer.prefixes._write", refuse)
+    result = run(capsys, "generate", "-p", PROMPT, "-n", "3", "--json", "--save")
+    assert result.code == 73 and json.loads(result.out)["completion_tokens"] == 3
+    assert "keys and values are not saved: No space left on device" in result.err
+
+
 def test_what_is_odd_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

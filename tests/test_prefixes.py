@@ -244,6 +244,15 @@ def test_room_is_made_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.Mo
     assert max(totals) <= size
 
 
+def test_many_small_texts_stay_below_the_limit(tmp_path: Path) -> None:
+    block = 2 * 2 * 3 * 16 * 2 * BLOCK + 16 + 4 * BLOCK
+    store = PrefixStore(tmp_path, limit=64 * block)
+    for seed in range(200):
+        ids = text(BLOCK, seed)
+        store.keep("model", ids, filled(ids))
+    assert 50 <= len(list(tmp_path.glob("*/*"))) <= 64
+
+
 def test_only_so_many_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefixes, "MOST_FILES", 5)
     for seed in range(9):

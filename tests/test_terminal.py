@@ -319,6 +319,7 @@ def test_save_load_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "* trip  " in err and "4 messages  scripted.gguf  Hello" in err
     other = made(Model(["3"]), tmp_path)
     other.run(Typist("Hi", "/save trip", "/save ../trip", "/load nowhere", "/load"))
+    assert other.name not in ("trip", "../trip")
     err = capsys.readouterr().err
     assert "there is a session trip already" in err and ".. cannot" not in err
     assert "../trip cannot name a session" in err

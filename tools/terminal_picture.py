@@ -114,7 +114,8 @@ class Terminal:
         """Until the screen is as it should be; AssertionError with the screen if it never is."""
         end = time.monotonic() + seconds
         while not condition():
-            assert self.read() or condition(), f"the program ended:\n{self.text}"
+            running = self.read()
+            assert running or condition(), f"the program ended:\n{self.text}"
             assert time.monotonic() < end, f"the screen stays:\n{self.text}"
 
     def wait_for(self, text: str, times: int = 1) -> None:

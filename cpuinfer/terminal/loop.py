@@ -94,13 +94,14 @@ class Chat:
                 self.talk.tell(f"the conversation is not saved: {explained(error)}")
             self._save_failed = True
 
-    def save(self) -> None:
-        """Save the session, and what the model has computed for it; OSError, SessionError."""
+    def save(self, name: str | None = None) -> None:
+        """Save the session, under another name from now on if there is one, and what the model has
+        computed for it; OSError, SessionError."""
         if self.sessions is None:
             raise ValueError("there is no place to save sessions")
-        if self.name is None:
-            self.name = self.sessions.new_name()
-        self.sessions.save(self.name, self.conversation)
+        name = name or self.name or self.sessions.new_name()
+        self.sessions.save(name, self.conversation)
+        self.name = name
         try:
             self.conversation.llm.remember()
         except OSError as error:

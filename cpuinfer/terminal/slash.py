@@ -123,11 +123,9 @@ def _retry(chat: "Chat", _: str) -> None:
 def _save(chat: "Chat", name: str) -> None:
     if not chat.conversation.messages:
         raise ValueError("there is nothing to save yet")
-    if name and name != chat.name:
-        if name in _sessions(chat).names():
-            raise ValueError(f"there is a session {name} already: choose another name")
-        chat.name = name
-    chat.save()
+    if name != chat.name and name in _sessions(chat).names():
+        raise ValueError(f"there is a session {name} already: choose another name")
+    chat.save(name or None)
     chat.talk.tell(f"saved as {chat.name}")
 
 
@@ -136,6 +134,7 @@ def _load(chat: "Chat", name: str) -> None:
         raise ValueError("/load NAME; /list shows the names")
     session = _sessions(chat).read(name)
     session.restore(chat.conversation)
+    chat.waiting.clear()
     chat.name = name
     if Path(session.model) != chat.conversation.llm.path.resolve():
         chat.talk.tell(f"it was held with {session.model}")
