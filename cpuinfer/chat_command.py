@@ -74,6 +74,7 @@ def _talk(arguments: Namespace) -> None:
         from cpuinfer.terminal import report, slash
 
         llm = told.conversation.llm
+        llm.prepare(told.conversation.ids)
         talk.tell(f"{report.setup(llm)}, template: {report.template(llm)}")
         if told.name is not None:
             slash.resumed(told)

@@ -216,6 +216,12 @@ class LLM:
         its reply stay where the text is the same: then nothing of them is read again."""
         return chat.prompt_ids(self.template, self.tokenizer, messages, tools, previous_ids)
 
+    def prepare(self, ids: Sequence[int] = ()) -> None:
+        """Have a cache ready for a prompt that begins with `ids`, as far as they are known: its
+        memory, and reading it from disk, is then not what the first reply waits for."""
+        with self._caches.lend(Generation([*ids, 0], [])):
+            pass
+
     def remember(self) -> None:
         """Put keys and values of the last request into `prefixes`; OSError where it cannot be."""
         self._caches.remember()

@@ -1,6 +1,7 @@
 """What requests to a model share, in memory and on disk."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,28 @@ def test_a_long_prompt_is_found_after_a_long_reply(tmp_path: Path, written: int)
             wanted = plain.generate(ids, max_tokens=30, temperature=0, ignore_eos=True)
             assert done.token_ids == wanted.token_ids
             assert known <= done.cached_tokens < len(ids)
+
+
+def test_what_was_prepared_is_not_read_from_disk_again(tmp_path: Path) -> None:
+    with LLM(DEMO, prefixes=PrefixStore(tmp_path)) as llm:
+        ids = llm.tokenizer.encode(SYSTEM)
+        llm.generate(ids, max_tokens=1)
+        llm.remember()
+    with LLM(DEMO, prefixes=PrefixStore(tmp_path)) as llm, LLM(DEMO) as plain:
+        llm.prepare(ids)
+        shutil.rmtree(tmp_path)
+        done = llm.generate([*ids, 300], max_tokens=20, temperature=0)
+        assert done.cached_tokens == len(ids)
+        assert done.token_ids == plain.generate([*ids, 300], max_tokens=20, temperature=0).token_ids
+
+
+def test_preparing_nothing_changes_nothing() -> None:
+    with LLM(DEMO) as llm, LLM(DEMO) as plain:
+        llm.prepare()
+        done, wanted = (
+            each.generate("Once upon a time", max_tokens=20, temperature=0) for each in (llm, plain)
+        )
+    assert (done.token_ids, done.cached_tokens) == (wanted.token_ids, 0)
 
 
 def test_a_full_disk_does_not_end_a_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
